@@ -8,7 +8,9 @@ sources, Go's proxy). So a lock made behind one mirror is fetched through anothe
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +20,8 @@ from moat.errors import LockFailed
 #: This checkout (scripts/moat/build/locks.py is three levels down).
 ROOT = Path(__file__).resolve().parents[3]
 LOCKS = ROOT / "bundles" / "locks"
+#: What a bundle can be made of; ``demo`` adds a small real model and its server.
+PROFILES = ("demo", "site")
 
 
 @dataclass(frozen=True, order=True)
@@ -98,3 +102,177 @@ def write_lock(path: Path, entries: Iterable[LockedFile]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(e.to_line() + "\n" for e in sorted(entries)), "utf-8")
     temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A distribution and architecture that bundles are made for.
+
+    Attributes:
+        name: as on the command line and in the bundle's name.
+        suite: Debian's code name.
+        arch: Debian's architecture name.
+        python: version of the distribution's own Python, ``major.minor``.
+        python_full: a full version of it, for environment markers.
+    """
+
+    name: str
+    suite: str
+    arch: str
+    python: str
+    python_full: str
+
+
+TARGETS = {"debian13-amd64": Target("debian13-amd64", "trixie", "amd64", "3.13", "3.13.5")}
+#: Named in the plans; asking for one is an error of its own, not a typo.
+LATER_TARGETS = {"debian12-amd64": Target("debian12-amd64", "bookworm", "amd64", "3.11", "3.11.2")}
+
+
+def target_named(name: str) -> Target:
+    """Return a target.
+
+    Raises:
+        LockFailed: it is unknown, or not available yet.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    if name in LATER_TARGETS:
+        raise LockFailed(
+            f"the target {name} is not available yet",
+            found=name,
+            expected=" or ".join(TARGETS),
+            hint="only its wheels are locked so far; its images and Debian packages are not",
+        )
+    raise LockFailed(f"unknown target {name}", found=name, expected=" or ".join(TARGETS))
+
+
+@dataclass(frozen=True)
+class Locks:
+    """Every locked input of one profile and target.
+
+    Attributes:
+        profile: ``demo`` or ``site``.
+        target: what the bundle is for.
+        locked_at: seconds; the ``SOURCE_DATE_EPOCH`` of every build from these locks.
+        wheels: those for the target's Python.
+        debs: Debian packages.
+        go: Go modules of MinIO (``go-module``, ``go-mod``, ``go-info``).
+        files: model files and tokenizers from a hub.
+        local_debs: ``debs`` is this machine's re-made lock (`moat fetch --relock-vanished`), not the committed one.
+    """
+
+    profile: str
+    target: Target
+    locked_at: int
+    wheels: tuple[LockedFile, ...]
+    debs: tuple[LockedFile, ...]
+    go: tuple[LockedFile, ...]
+    files: tuple[LockedFile, ...]
+    local_debs: bool = False
+
+    @property
+    def everything(self) -> tuple[LockedFile, ...]:
+        """All entries, in the order of the files."""
+        return self.wheels + self.debs + self.go + self.files
+
+    def used_by(self, use: str) -> tuple[LockedFile, ...]:
+        """Return the entries whose ``uses`` hold ``use``, e.g. ``image:gateway``, ``host``, ``builder``."""
+        return tuple(e for e in self.everything if use in e.uses)
+
+
+def locks_dir() -> Path:
+    """Return the folder of the reviewed locks: ``$MOAT_LOCKS``, or ``bundles/locks``."""
+    configured = os.environ.get("MOAT_LOCKS")
+    return Path(configured).absolute() if configured else LOCKS
+
+
+def debs_lock_name(target: Target) -> str:
+    """Return the file name of a target's lock of Debian packages."""
+    return f"debs-{target.name}.jsonl"
+
+
+def read_locked_at(directory: Path) -> int:
+    """Return ``locked_at`` of ``index.json``, in seconds.
+
+    Raises:
+        LockFailed: the file is missing or malformed.
+    """
+    path = directory / "index.json"
+    try:
+        value = json.loads(path.read_text("utf-8"))["locked_at"]
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"locked_at is {value!r}")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise LockFailed(
+            "cannot read the locks' index", found=str(e), expected='{"locked_at": SECONDS}', path=str(path)
+        ) from e
+    return value
+
+
+def write_index(directory: Path, locked_at: int, **more: str) -> None:
+    """Write ``index.json``; ``more`` are further members (the overlay's ``replaces``)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / "index.tmp"
+    temporary.write_text(json.dumps({"locked_at": locked_at, **more}, sort_keys=True) + "\n", "utf-8")
+    temporary.replace(directory / "index.json")
+
+
+def local_debs_dir(cache_root: Path, target: Target) -> Path:
+    """Return where this machine's re-made lock of a target's Debian packages is kept."""
+    return cache_root / "locks" / target.name
+
+
+def _overlay(cache_root: Path, directory: Path, target: Target) -> tuple[list[LockedFile], int] | None:
+    """Return the local Debian lock if it was made from exactly the reviewed lock of ``directory``."""
+    overlay = local_debs_dir(cache_root, target)
+    name = debs_lock_name(target)
+    if not (overlay / name).is_file() or not (overlay / "index.json").is_file():
+        return None
+    reviewed = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    # A newer reviewed lock (a pull) wins over whatever this machine made from the older one.
+    if json.loads((overlay / "index.json").read_text("utf-8")).get("replaces") != reviewed:
+        return None
+    return read_lock(overlay / name), read_locked_at(overlay)
+
+
+def active_locks(profile: str, target: str, *, directory: Path | None = None, cache_root: Path | None = None) -> Locks:
+    """Return the locks that `moat fetch` and `moat build` both use.
+
+    Args:
+        profile: ``demo`` or ``site``.
+        target: e.g. ``debian13-amd64``.
+        directory: the reviewed locks; ``None`` is :func:`locks_dir`.
+        cache_root: ``None`` is the cache's own default. Only a ``demo`` build looks there for the local
+            Debian lock; a ``site`` build counts nothing but reviewed locks.
+
+    Raises:
+        LockFailed: a lock is missing or malformed, the profile or target unknown.
+    """
+    from moat.build.cache import cache_root as default_root  # cache.py imports this module
+
+    if profile not in PROFILES:
+        raise LockFailed(f"unknown profile {profile}", found=profile, expected=" or ".join(PROFILES))
+    which = target_named(target)
+    directory = directory if directory is not None else locks_dir()
+    overlay = None
+    debs = read_lock(directory / debs_lock_name(which))
+    locked_at = read_locked_at(directory)
+    if profile == "demo":
+        overlay = _overlay(cache_root if cache_root is not None else default_root(), directory, which)
+    if overlay is not None:
+        debs, locked_at = overlay
+
+    def wanted(entries: Iterable[LockedFile]) -> tuple[LockedFile, ...]:
+        return tuple(e for e in entries if profile == "demo" or "profile:demo" not in e.uses)
+
+    wheels = [e for e in read_lock(directory / "wheels.jsonl") if which.python in e.pythons]
+    return Locks(
+        profile=profile,
+        target=which,
+        locked_at=locked_at,
+        wheels=wanted(wheels),
+        debs=wanted(debs),
+        go=wanted(read_lock(directory / "go-minio.jsonl")),
+        files=wanted(read_lock(directory / "files.jsonl")),
+        local_debs=overlay is not None,
+    )
