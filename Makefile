@@ -9,8 +9,6 @@ export MOAT_CACHE ?= $(HOME)/.cache/moat
 export UV_CACHE_DIR := $(MOAT_CACHE)/uv
 export PYTHONDONTWRITEBYTECODE := 1
 PY := .venv/bin/python
-# The build and the tests start many programs; none of them may read a person's standard input.
-PYTEST := $(PY) -m pytest --durations=8
 
 .PHONY: help setup demo demo-down test lint unit integration acceptance bench lock clean
 
@@ -29,22 +27,22 @@ demo-down: ## Stop the demo and remove what it made (keeps the cache and the bun
 	@$(PY) -m moat.demo down
 
 test: setup ## Everything CI runs: linters, unit, integration and acceptance tests
-	@$(PY) scripts/run_tests.py
+	@$(PY) tests/run.py
 
 lint: setup ## ruff, mypy --strict, yamllint, shellcheck, and the house rules (tests/unit/house)
-	@$(PY) scripts/run_tests.py lint
+	@$(PY) tests/run.py lint
 
 unit: setup ## Fast tests, no engine
-	@$(PY) scripts/run_tests.py unit
+	@$(PY) tests/run.py unit
 
 integration: setup ## Tests with real servers and programs
-	@$(PY) scripts/run_tests.py integration
+	@$(PY) tests/run.py integration
 
 acceptance: setup ## Tests of the whole product through the running demo
-	@$(PY) scripts/run_tests.py acceptance
+	@$(PY) tests/run.py acceptance
 
 bench: setup ## Measurements, as ratios against stock tools (nothing is asserted)
-	@$(PY) scripts/run_benchmarks.py
+	@$(PY) tests/benchmarks/run.py
 
 lock: setup ## Resolve every input anew into bundles/locks/ (review the diff)
 	@.venv/bin/moat lock

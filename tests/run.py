@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the stages of ``make test`` in order, each timed, and prints one table at the end.
+
+A failing stage does not hide the later ones, except that the acceptance tests need the demo. The stack is left as it
+was found: where no demo was running before, it is taken down at the end.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q"]
+
+
+def _run(argv: list[str]) -> bool:
+    print("+ " + " ".join(a if len(a) < 60 else a[:57] + "..." for a in argv[:8]), flush=True)
+    return subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def _tracked(*patterns: str) -> list[str]:
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return [name for name in done.stdout.decode().splitlines() if (ROOT / name).is_file()]
+
+
+def lint() -> bool:
+    """Run every linter; all of them, so that one run shows all there is to mend."""
+    bin_dir = Path(PYTHON).parent
+    shell = [n for n in _tracked("*.sh", ".ci/run") if n]
+    results = [
+        _run([str(bin_dir / "ruff"), "check", "."]),
+        _run([str(bin_dir / "ruff"), "format", "--check", "."]),
+        _run([PYTHON, "-m", "mypy", "scripts/moat", "images/gateway/moat_gateway", "tests/run.py"]),
+        _run([str(bin_dir / "yamllint"), "--strict", *_tracked("*.yaml", "*.yml", ".yamllint")]),
+        _run(["shellcheck", *shell]),
+    ]
+    return all(results)
+
+
+def unit() -> bool:
+    """Fast tests, no engine."""
+    return _run([*PYTEST, "tests/unit"])
+
+
+def demo() -> bool:
+    """Bring the demo up; it also fills the cache that the integration tests read."""
+    return _run([PYTHON, "-m", "moat.demo", "up"])
+
+
+def integration() -> bool:
+    """Tests with real servers and programs."""
+    return _run([*PYTEST, "tests/integration"])
+
+
+def acceptance() -> bool:
+    """Tests of the whole product through the running demo."""
+    return _run([*PYTEST, "tests/acceptance"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one stage ended; ``seconds`` is wall time."""
+
+    stage: str
+    word: str
+    seconds: float
+
+
+STAGES: dict[str, Callable[[], bool]] = {
+    "lint": lint,
+    "unit": unit,
+    "demo": demo,
+    "integration": integration,
+    "acceptance": acceptance,
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the named stages (all without names); return 0 only if each passed."""
+    unknown = [n for n in names if n not in STAGES]
+    if unknown:
+        print(f"unknown stage {unknown[0]}; there are: {' '.join(STAGES)}", file=sys.stderr)
+        return 2
+    wanted = names or list(STAGES)
+    if "acceptance" in wanted and "demo" not in wanted:
+        wanted.insert(wanted.index("acceptance"), "demo")
+    was_running = (ROOT / ".moat" / "demo.json").exists()
+    results: list[Result] = []
+    failed: set[str] = set()
+    for name in wanted:
+        if name == "acceptance" and "demo" in failed:
+            results.append(Result(name, "not run: the demo failed", 0))
+            failed.add(name)
+            continue
+        print(f"\n=== {name} ===", flush=True)
+        started = time.monotonic()
+        ok = STAGES[name]()
+        results.append(Result(name, "passed" if ok else "FAILED", time.monotonic() - started))
+        if not ok:
+            failed.add(name)
+    if "demo" in wanted and not was_running:
+        print("\n=== the demo was not running before: taking it down ===", flush=True)
+        _run([PYTHON, "-m", "moat.demo", "down"])
+    print("\nstage        result      seconds")
+    for r in results:
+        print(f"{r.stage:<12} {r.word:<11} {r.seconds:7.0f}")
+    if failed:
+        print(f"\nNext: run the first failing stage alone: make {next(r.stage for r in results if r.stage in failed)}")
+    else:
+        print("\nNext: make demo (a running gateway to try by hand), make bench (the measurements)")
+    print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
