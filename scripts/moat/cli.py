@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (``docs/reference/exit-codes.md``)."""
+    for stream in (sys.stdout, sys.stderr):  # a Latin-1 terminal must not turn a file name into a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     console = Console(json_mode=args.json, quiet=args.quiet)
     try:

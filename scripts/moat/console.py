@@ -39,6 +39,15 @@ def human_seconds(s: float) -> str:
     return f"{int(s // 60)} min {int(s % 60):02d} s"
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with everything but printable characters and line ends written as an escape.
+
+    File names on a hostile medium and the output of other programs reach the terminal; an escape
+    sequence or a right-to-left override in them must not be able to redraw what the operator reads.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class Progress:
     """A thread-safe byte counter that draws itself; made by :meth:`Console.progress`."""
 
@@ -138,18 +147,19 @@ class Console:
     def result(self, obj: Mapping[str, Any], text: str) -> None:
         """Print the command's result: ``obj`` with ``--json``, else ``text``."""
         self._clear()
-        self._out.write(json.dumps(obj, sort_keys=True) + "\n" if self.json_mode else text.rstrip("\n") + "\n")
+        self._out.write(
+            json.dumps(obj, sort_keys=True) + "\n" if self.json_mode else printable(text).rstrip("\n") + "\n"
+        )
         self._out.flush()
 
     def problem(self, error: MoatError) -> None:
         """Print a refusal: what happened, found against expected, what to do."""
-        self._line(f"error: {error.message}")
-        for name in ("found", "expected"):
-            value = getattr(error, name)
-            if value is not None:
-                self._line(f"  {name + ':':<10}{value}")
-        if error.hint:
-            self._line(f"  {'do:':<10}{error.hint}")
+        # A file name may hold line ends: one must not begin a line that looks like ours.
+        self._line("error: " + error.message.replace("\n", "\\n"))
+        for name, value in (("found", error.found), ("expected", error.expected), ("do", error.hint)):
+            if value:
+                lines = [line.strip() for line in value.split("\n")]
+                self._line(f"  {name + ':':<10}" + ("\n" + " " * 12).join(lines))
 
     def run(
         self,
@@ -195,7 +205,7 @@ class Console:
 
     def _line(self, text: str) -> None:
         self._clear()
-        self._err.write(text + "\n")
+        self._err.write(printable(text) + "\n")
         self._err.flush()
 
     def _draw(self, text: str) -> None:
