@@ -108,7 +108,7 @@ class Cache:
                 f"{source.name} is not the file that the lock names",
                 found=f"sha256 {found}, {found_size} bytes",
                 expected=f"sha256 {sha256}, {size if size is not None else 'any number of'} bytes",
-                hint="the place that served it altered it, or the lock is wrong: do not use it; see docs/locks-and-policy.md",
+                hint="the place that served it altered it, or the lock is wrong: see docs/locks-and-policy.md",
                 path=str(source),
             )
         target = self.path(sha256)
