@@ -25,7 +25,7 @@ from moat.minisign import MAX_BYTES, PublicKey, SecretKey
 NAME = "keys"
 HELP = "make a release key (new), or show the public half of one (show)"
 
-SECRET_NAME: Final = "moat.key"
+KEY_NAME: Final = "moat.key"
 PUBLIC_NAME: Final = "moat.pub"
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "id": public.id_text,
             "public_key": public.to_string(),
             "public_key_file": str(args.dir / PUBLIC_NAME),
-            "secret_key_file": str(args.dir / SECRET_NAME),
+            "secret_key_file": str(args.dir / KEY_NAME),
         },
         f"key id:     {public.id_text}\npublic key: {public.to_string()}\n"
         "Print the public key on paper and carry it to the site apart from the medium.",
@@ -79,11 +79,11 @@ def new_keys(folder: Path, passphrase: bytes | None) -> PublicKey:
     secret = SecretKey(os.urandom(8), private.private_bytes_raw(), private.public_key().public_bytes_raw())
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in (SECRET_NAME, PUBLIC_NAME):
+        for name in (KEY_NAME, PUBLIC_NAME):
             if os.path.lexists(folder / name):
                 raise FileExistsError(17, "File exists", name)
         _write_new(
-            folder / SECRET_NAME,
+            folder / KEY_NAME,
             minisign.serialise_secret_key(secret, passphrase=passphrase, salt=os.urandom(32)),
             0o600,
         )
@@ -92,7 +92,7 @@ def new_keys(folder: Path, passphrase: bytes | None) -> PublicKey:
         raise KeyProblem(
             f"there is a key in {folder} already",
             found=e.filename if isinstance(e.filename, str) else str(e),
-            expected=f"neither {SECRET_NAME} nor {PUBLIC_NAME}",
+            expected=f"neither {KEY_NAME} nor {PUBLIC_NAME}",
             hint="use it, or give another --dir; a key is never overwritten",
             path=str(folder),
         ) from e
