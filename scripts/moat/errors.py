@@ -137,6 +137,12 @@ class PrepareFailed(MoatError):
     exit_code, kind = 22, "prepare-failed"
 
 
+class FirewallFailed(MoatError):
+    """The rules that close the containers' ways out are not in place, or cannot be set (`moat firewall`)."""
+
+    exit_code, kind = 23, "firewall-failed"
+
+
 # --- the build host ---
 
 
@@ -180,6 +186,12 @@ class KeyProblem(MoatError):
     """A key file is missing, malformed, too open, or its passphrase is wrong."""
 
     exit_code, kind = 36, "key-problem"
+
+
+class DemoFailed(MoatError):
+    """A step of `make demo` failed that no other refusal names."""
+
+    exit_code, kind = 37, "demo-failed"
 
 
 def all_kinds() -> list[type[MoatError]]:
