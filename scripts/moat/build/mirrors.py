@@ -13,6 +13,7 @@ company's mirror is used without telling Moat about it:
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import ssl
@@ -131,28 +132,56 @@ def apt_proxy(scheme: str) -> str | None:
     return value if value and value != "DIRECT" else None
 
 
+def _pip_config_files() -> list[Path]:
+    """Return pip's configuration files, those that win first (pip's own order)."""
+    home = Path.home()
+    files = [
+        Path(sys.prefix) / "pip.conf",
+        Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip" / "pip.conf",
+        home / ".pip" / "pip.conf",
+        Path("/etc/xdg/pip/pip.conf"),
+        Path("/etc/pip.conf"),
+    ]
+    named = os.environ.get("PIP_CONFIG_FILE")
+    return [Path(named), *files] if named else files
+
+
 def python_index() -> str:
     """Return the package index's simple API, without a trailing slash.
 
     Raises:
-        LockFailed: pip cannot say.
+        LockFailed: neither the environment, nor pip's configuration, nor uv's default names one.
     """
     for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if os.environ.get(name):
             return os.environ[name].rstrip("/")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    found = subprocess.run([*pip, "config", "get", "global.index-url"], capture_output=True, text=True, check=False)
-    if found.returncode == 0 and found.stdout.strip():
-        return found.stdout.strip().rstrip("/")
-    help_text = subprocess.run([*pip, "help", "download"], capture_output=True, text=True, check=False).stdout
-    default = re.search(r"--index-url.*?\(default\s+(\S+?)\)", " ".join(help_text.split()))
+    for file in _pip_config_files():
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(file, "utf-8")
+        except (OSError, configparser.Error) as e:
+            raise LockFailed(f"cannot read pip's configuration {file}", found=str(e), path=str(file)) from e
+        for section in ("install", "global"):
+            url = parser.get(section, "index-url", fallback="").strip()
+            if url:
+                return url.rstrip("/")
+    # The installed resolver's own default: its help is where it says which.
+    uv = [uv_program(), "help", "--no-pager", "pip", "compile"]
+    text = subprocess.run(uv, capture_output=True, text=True, check=False).stdout
+    default = re.search(r"--default-index .*?\(by default: <(\S+?)>\)", " ".join(text.split()))
     if default is None:
         raise LockFailed(
             "the package index is not known",
-            found="pip names no default",
-            hint="set PIP_INDEX_URL, or `pip config set global.index-url ...`",
+            found="the installed uv names no default",
+            hint="set PIP_INDEX_URL, or index-url in pip's configuration",
         )
     return default[1].rstrip("/")
+
+
+def uv_program() -> str:
+    """Return the path of uv: the one beside this Python, else the one on the path."""
+    beside = Path(sys.executable).parent / "uv"
+    return str(beside) if beside.is_file() else "uv"
 
 
 def go_proxies(goroot: Path | None = None) -> list[str]:
