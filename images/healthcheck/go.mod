@@ -1,0 +1,3 @@
+module moat/healthcheck
+
+go 1.24
