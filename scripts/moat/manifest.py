@@ -207,6 +207,10 @@ def parse_manifest(data: bytes) -> Manifest:
         )
     if set(raw) != {"format", "bundle", "files", "images"}:
         raise _bad("has other parts than the format", found=sorted(raw), expected="bundle, files, format, images")
+    # Paths first: a path that would escape is named as such, whatever else is wrong with its entry.
+    listed = raw["files"] if isinstance(raw["files"], list) else []
+    paths = {f["path"] for f in listed if isinstance(f, dict) and isinstance(f.get("path"), str)}
+    check_paths(sorted(paths), reserved=(MANIFEST_NAME, SIGNATURE_NAME))
     bundle: BundleInfo = _record("bundle", raw["bundle"], BundleInfo, ("version", "profile", "target"))
     files: tuple[FileEntry, ...] = _records(
         raw["files"], "files", lambda where, one: _record(where, one, FileEntry, ("sha256", "kind")), "path"
@@ -214,11 +218,8 @@ def parse_manifest(data: bytes) -> Manifest:
     images: tuple[ImageEntry, ...] = _records(
         raw["images"], "images", lambda where, one: _record(where, one, ImageEntry, ("name", "reference", "id")), "name"
     )
-    paths = [f.path for f in files]
-    check_paths(paths, reserved=(MANIFEST_NAME, SIGNATURE_NAME))
-    listed = set(paths)
     for image in images:
-        if image.archive not in listed:
+        if image.archive not in paths:
             raise _bad(f"the archive of image {image.name} is not in files", found=image.archive)
     for unique in ("reference", "archive"):
         if len({getattr(i, unique) for i in images}) != len(images):

@@ -49,15 +49,19 @@ class Made:
     def secret(self) -> SecretKey:
         return parse_secret_key((self.keys / "moat.key").read_bytes(), None)
 
-    def moat(self, *argv: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-        """Run the real command line in a process of its own."""
-        return run_moat(*argv, python=python)
+    def verify_argv(self, *more: str, key: Path | str | None = None) -> list[str]:
+        """Return the command of a site: the host's Python, isolated, runs moat.pyz; nothing of this host counts."""
+        pyz = self.keys / "moat.pyz"
+        if not pyz.exists():
+            build_pyz(pyz, CREATED)
+        trusted = str(self.public if key is None else key)
+        state = [] if "--state-dir" in more else ["--state-dir", str(self.keys / "no-state")]
+        return [HOST_PYTHON, "-I", str(pyz), "verify", str(self.path), "--key", trusted, *state, *more]
 
     def verify(self, *more: str, key: Path | str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run ``moat verify --json`` on the bundle; no state and no pinned key of this host counts."""
-        trusted = str(self.public if key is None else key)
-        nowhere = str(self.keys / "no-state")
-        return run_moat("verify", str(self.path), "--key", trusted, "--state-dir", nowhere, "--json", *more)
+        """Run ``moat verify`` on the bundle in a process of its own; a hang fails the test."""
+        argv = self.verify_argv(*more, key=key)
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
 
 
 def run_moat(*argv: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
@@ -74,10 +78,10 @@ def run_moat(*argv: str, python: str = sys.executable) -> subprocess.CompletedPr
 
 def entry(path: str, content: bytes) -> FileEntry:
     """Return the manifest's line for one file."""
-    kind = path.split("/")[0] if "/" in path else "tool"
-    return FileEntry(
-        path, len(content), hashlib.sha256(content).hexdigest(), kind, Path(path).name, "1.0", "MIT", "test:" + path
-    )
+    top = path.split("/")[0]
+    kind = top if top in ("images", "wheels", "compose") else "tool"
+    digest = hashlib.sha256(content).hexdigest()
+    return FileEntry(path, len(content), digest, kind, "component-" + digest[:8], "1.0", "MIT", "test:component")
 
 
 def image(name: str, archive: str) -> ImageEntry:
