@@ -221,7 +221,7 @@ def _managed(root: Path, files: Mapping[str, bytes], bundle: VerifiedBundle, opt
     del managed["nginx/upstream.conf"]  # kept: the operator marks members there
     managed["nginx/site.conf"] = _site_conf(options)
     managed["moat-firewall.service"] = files["moat-firewall.service"].replace(b"@DIR@", str(root).encode())
-    managed[".env"] = _env(bundle, options)
+    managed[".env"] = _env(root, bundle, options)
     return [Item(name, Kind.MANAGED, 0o644, 0, data) for name, data in sorted(managed.items())]
 
 
@@ -233,13 +233,14 @@ def _site_conf(options: Options) -> bytes:
     ).encode()
 
 
-def _env(bundle: VerifiedBundle, options: Options) -> bytes:
+def _env(root: Path, bundle: VerifiedBundle, options: Options) -> bytes:
     images = {i.name: i.reference for i in bundle.manifest.images}
     lines = [
         "# Written by `moat prepare`; edits are overwritten. Change ports with its options. No secrets in here.",
         f"MOAT_VERSION={bundle.manifest.bundle.version}",
         f"COMPOSE_PROFILES={'demo' if options.profile == 'demo' else ''}",
         *(f"MOAT_IMAGE_{n.upper()}={images[n]}" for n in images_of(options.profile)),
+        f"MOAT_DIR={root}",
         f"MOAT_BIND={options.bind}",
         f"MOAT_HTTPS_PORT={options.https_port}",
         f"MOAT_HTTP_PORT={options.http_port}",

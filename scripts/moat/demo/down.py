@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make demo-down``: remove the demo's containers, networks, volumes, images, rules and files, and nothing else.
+
+The cache, the release key and the bundle stay. Everything is named: a project label, an image
+reference of the bundle, a chain of ours, a path below ``.moat/``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+from moat.console import Console
+from moat.demo.places import BUNDLES, CLIENT_KEY, CURL_HEADER, DEMO_JSON, DEPLOY, PROJECT, ROOT
+from moat.demo.steps import Steps, moat
+from moat.errors import DemoFailed
+
+_LABEL = f"label=com.docker.compose.project={PROJECT}"
+
+
+def down(console: Console) -> None:
+    """Take the demo down; where nothing runs, say so.
+
+    Raises:
+        DemoFailed: the engine refused, or another deployment of the same project runs here.
+    """
+    steps = Steps(console)
+    _check_ours(steps)
+    with console.step("stop and remove containers, networks and volumes"):
+        if (DEPLOY / "compose.yaml").exists() and (DEPLOY / ".env").exists():
+            argv = ["docker", "compose", "--project-directory", str(DEPLOY), "--profile", "demo", "--profile", "tools"]
+            steps.watch([*argv, "down", "--volumes", "--remove-orphans"], what="stop the services")
+        _remove_leftovers(steps)
+    with console.step("remove the images of the bundle"):
+        _remove_images(steps)
+    with console.step("remove the firewall's rules"):
+        steps.watch(moat("firewall", "remove"), what="remove the rules")
+    with console.step("remove the deployment folder and the client key"):
+        shutil.rmtree(DEPLOY, ignore_errors=False) if DEPLOY.exists() else None
+        for path in (CLIENT_KEY, CURL_HEADER, DEMO_JSON):
+            path.unlink(missing_ok=True)
+    console.result({"ok": True}, f"the demo is down; the bundle stays in {BUNDLES.relative_to(ROOT)}/, the cache too")
+
+
+def _lines(argv: list[str]) -> list[str]:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def _check_ours(steps: Steps) -> None:
+    """Refuse if the project's containers belong to another folder: a real deployment may run on this host."""
+    form = '{{.Label "com.docker.compose.project.working_dir"}}'
+    folders = set(_lines(["docker", "ps", "--all", "--filter", _LABEL, "--format", form])) - {str(DEPLOY)}
+    if folders:
+        raise DemoFailed(
+            "another deployment of Moat runs on this host",
+            found=", ".join(sorted(folders)),
+            expected=str(DEPLOY),
+            hint="the demo leaves it alone; see docs/compose.md (Removal) if you mean to remove it",
+        )
+
+
+def _remove_leftovers(steps: Steps) -> None:
+    """Remove what carries the project's label when the deployment folder is gone already."""
+    for what, remove in (
+        ("ps --all", "rm --force --volumes"),
+        ("network ls", "network rm"),
+        ("volume ls", "volume rm"),
+    ):
+        ids = _lines(["docker", *what.split(), "--quiet", "--filter", _LABEL])
+        if ids:
+            steps.ask(["docker", *remove.split(), *ids], what="remove what was left")
+
+
+def _remove_images(steps: Steps) -> None:
+    env = DEPLOY / ".env"
+    lines = env.read_text("utf-8").splitlines() if env.exists() else []
+    references = [line.split("=", 1)[1] for line in lines if line.startswith("MOAT_IMAGE_")]
+    there = set(_lines(["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"]))
+    for reference in references:
+        if reference in there:
+            steps.ask(["docker", "image", "rm", reference], what=f"remove the image {reference}")
