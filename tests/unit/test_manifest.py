@@ -242,7 +242,7 @@ def test_versions_are_ordered_by_number() -> None:
         "0.10.0",
         "1.0",
     ]
-    assert sorted(ascending[::-1], key=version_key) == ascending
+    assert sorted(set(ascending), key=version_key) == ascending
     assert version_key("1.0") == version_key("1.0.0")
     for wrong in ("", "1", "v1.0.0", "1.0.0 ", "1..0"):
         with pytest.raises(ValueError, match="not a version"):
