@@ -110,8 +110,10 @@ class AptRoot:
         self._write_status([])
         suite, m = self._target.suite, self._mirrors
         (self._dir / "moat.sources").write_text(
-            f"Types: deb\nURIs: {m.main}/\nSuites: {suite} {suite}-updates\nComponents: main\nSigned-By: {m.keyring}\n\n"
-            f"Types: deb\nURIs: {m.security}/\nSuites: {suite}-security\nComponents: main\nSigned-By: {m.keyring}\n",
+            "\n".join(
+                f"Types: deb\nURIs: {uri}/\nSuites: {suites}\nComponents: main\nSigned-By: {m.keyring}\n"
+                for uri, suites in ((m.main, f"{suite} {suite}-updates"), (m.security, f"{suite}-security"))
+            ),
             "utf-8",
         )
         settings = {
@@ -266,7 +268,7 @@ def resolve(apt: AptRoot, sets: Iterable[DebianSet], target: Target, console: Co
 def _entry(p: DebianPackage, used: set[str], target: Target) -> LockedFile:
     if used == {"image:model"}:
         used = used | {"profile:demo"}  # the model's image exists in the demo alone
-    component = p.pool.split("/")[1]
+    component = p.pool.removeprefix("pool/").removeprefix("updates/").split("/")[0]
     suite = f"{target.suite}-security" if p.security else target.suite
     archive = "debian-security" if p.security else "debian"
     return LockedFile(

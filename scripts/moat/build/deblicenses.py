@@ -2,7 +2,8 @@
 """Licences of Debian packages, from the copyright file that every package carries.
 
 Debian's own review admits only free software (DFSG) to ``main``, which is why the policy allows what is in it. For the
-bill of materials the machine-readable files (DEP-5) are turned into SPDX; free text stays ``NOASSERTION``.
+bill of materials the machine-readable files (DEP-5) are turned into SPDX; free text stays ``NOASSERTION``, unless
+``bundles/policy.yaml`` states what a person read in it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 from moat.build.cache import Cache
 from moat.build.licenses import NOASSERTION, from_dep5
 from moat.build.locks import LockedFile
+from moat.build.policy import Policy
 from moat.errors import LockFailed
 
 
 def _copyright(deb: Path, package: str) -> tuple[str, str]:
-    """Return ``(text, "")`` of a package's copyright file, or ``("", other package)`` where its doc folder is a link."""
+    """Return a package's copyright file as ``(text, "")``, or ``("", package)`` where it is a link to that one's."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
         text, other = "", ""
         if process.stdout is None:
@@ -44,7 +46,7 @@ def _copyright(deb: Path, package: str) -> tuple[str, str]:
     return text, other
 
 
-def fill_in(entries: Iterable[LockedFile], cache: Cache) -> list[LockedFile]:
+def fill_in(entries: Iterable[LockedFile], cache: Cache, policy: Policy) -> list[LockedFile]:
     """Return the entries with the licences of their packages, which are in the cache already.
 
     Raises:
@@ -63,4 +65,4 @@ def fill_in(entries: Iterable[LockedFile], cache: Cache) -> list[LockedFile]:
             return from_dep5(text)
         return license_of(other, seen | {name}) if other and other not in seen | {name} else NOASSERTION
 
-    return [replace(e, license=license_of(e.name)) for e in listed]
+    return [replace(e, license=policy.license_of(e.kind, e.name, e.version, license_of(e.name))) for e in listed]

@@ -311,11 +311,13 @@ def judged(entries: Iterable[LockedFile], program: GoProgram, policy: Policy) ->
     """
     out = []
     for e in entries:
-        if e.kind == "go-module":
-            own = e.name == program.module
-            e = replace(e, license=program.license if own else policy.license_of(e.kind, e.name, e.version, e.license))
-            policy.check_license(e)
-        out.append(e)
+        if e.kind != "go-module":
+            out.append(e)
+            continue
+        own = e.name == program.module
+        license_ = program.license if own else policy.license_of(e.kind, e.name, e.version, e.license)
+        out.append(replace(e, license=license_))
+    policy.check_licenses(e for e in out if e.kind == "go-module")
     return sorted(out)
 
 

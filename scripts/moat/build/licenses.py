@@ -145,47 +145,39 @@ def from_classifiers(classifiers: Iterable[str]) -> str:
 def from_dep5(text: str) -> str:
     """Return the licences of a machine-readable Debian copyright file, joined by AND.
 
-    Returns ``NOASSERTION`` when the file is free text, or when one of its licences has no SPDX name here.
+    A short name without an SPDX name here becomes ``LicenseRef-Debian-NAME``: its text is in that copyright file. A
+    file in free text is ``NOASSERTION``. What covers ``debian/`` alone is packaging and does not count.
     """
     if not re.match(r"(Format|Format-Specification):\s*\S*(copyright-format|dep5)", text.lstrip("\ufeff \n"), re.I):
         return NOASSERTION
-    names: set[str] = set()
-    for paragraph in re.split(r"\n\s*\n", text):
-        if not re.search(r"^Files:", paragraph, re.M | re.I):
-            continue
-        files = re.search(r"^Files:\s*((?:.*\n?)(?:[ \t]+.*\n?)*)", paragraph, re.M | re.I)
-        # What is in debian/ is packaging; it is not in the program.
-        if files is not None and all(f.startswith("debian/") for f in files[1].split()):
-            continue
-        for found in re.finditer(r"^License:[ \t]*(.+)$", paragraph, re.M | re.I):
-            names.add(found[1].strip())
     expressions: set[str] = set()
-    for name in names:
-        expression = _dep5_expression(name)
-        if expression is None:
-            return NOASSERTION
-        expressions.add(expression)
-    return (
-        " AND ".join(sorted(f"({e})" if " " in e and len(expressions) > 1 else e for e in expressions)) or NOASSERTION
-    )
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        files = re.search(r"^Files:[ \t]*((?:.*)(?:\n[ \t]+.*)*)", paragraph, re.M | re.I)
+        if files is None or all(f.startswith("debian/") for f in files[1].split()):
+            continue
+        for found in re.finditer(r"^License:[ \t]*(\S.*)$", paragraph, re.M | re.I):
+            expressions.add(_dep5_expression(found[1].strip()))
+    whole = sorted(f"({e})" if " OR " in e and len(expressions) > 1 else e for e in expressions)
+    # "A AND B" beside "A" says nothing more: the operands count once.
+    operands = {o for e in whole for o in ([e] if "(" in e or " OR " in e else e.split(" AND "))}
+    return " AND ".join(sorted(operands)) or NOASSERTION
 
 
-def _dep5_expression(name: str) -> str | None:
-    parts = re.split(r"\s+(and/or|and|or)\s+|,\s+(?:and\s+)?", name)
-    out: list[str] = []
-    joiners = set()
-    for part in parts:
-        if part is None:
-            joiners.add("AND")
-        elif part in ("and", "or", "and/or"):
-            joiners.add("AND" if part == "and" else "OR")
-        elif part.strip().lower() in _SHORT:
-            out.append(_SHORT[part.strip().lower()])
-        else:
-            return None
-    if len(joiners) > 1:
-        return None
-    return f" {joiners.pop()} ".join(out) if joiners else out[0]
+def _dep5_expression(name: str) -> str:
+    """Return one DEP-5 ``License:`` line as SPDX: ``A or B, and C`` with its own precedence (a comma binds last)."""
+
+    def single(word: str) -> str:
+        return _SHORT.get(word.lower(), "LicenseRef-Debian-" + re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-"))
+
+    groups = []
+    for part in re.split(r",\s*(?:and\s+)?", name):
+        alternatives = [
+            " AND ".join(single(w.strip()) for w in re.split(r"\s+and\s+", a) if w.strip())
+            for a in re.split(r"\s+(?:and/)?or\s+", part)
+        ]
+        joined = " OR ".join(f"({a})" if " AND " in a and len(alternatives) > 1 else a for a in alternatives)
+        groups.append(joined)
+    return " AND ".join(f"({g})" if " OR " in g and len(groups) > 1 else g for g in groups)
 
 
 _WORDS = re.compile(r"[a-z0-9]+")

@@ -96,7 +96,9 @@ def lock_wheels(context: Context) -> list[LockedFile]:
         context.policy.check_age(c.pinned.name, c.pinned.version, c.file.filename, c.file.uploaded, context.now)
     wanted = [Download(c.file.filename, c.file.sha256, c.file.size, (c.file.url,)) for c in chosen]
     context.download(wanted, "wheels")
-    return sorted(wheels.locked(c, context.cache.path(c.file.sha256), context.policy, context.now) for c in chosen)
+    entries = [wheels.locked(c, context.cache.path(c.file.sha256), context.policy, context.now) for c in chosen]
+    context.policy.check_licenses(entries)
+    return sorted(entries)
 
 
 def lock_debs(context: Context, target: Target) -> list[LockedFile]:
@@ -113,10 +115,10 @@ def lock_debs(context: Context, target: Target) -> list[LockedFile]:
     wanted = [Download(e.filename, e.sha256, e.size, debian.urls(e, mirrors)) for e in entries]
     with http_client(proxy=apt_proxy("http")) as client:
         context.download(wanted, "Debian packages", client)
-    entries = deblicenses.fill_in(entries, context.cache)
     for e in entries:
         context.policy.check_denied(e.kind, e.name, e.version, e.filename)
-        context.policy.check_license(e)
+    entries = deblicenses.fill_in(entries, context.cache, context.policy)
+    context.policy.check_licenses(entries)
     return sorted(entries)
 
 
@@ -152,7 +154,7 @@ def lock_files(context: Context) -> list[LockedFile]:
     entries = [hub.resolve(f, context.cache) for f in context.components.hub]
     for e in entries:
         context.policy.check_denied(e.kind, e.name, e.version, e.filename)
-        context.policy.check_license(e)
+    context.policy.check_licenses(entries)
     return sorted(entries)
 
 

@@ -99,8 +99,8 @@ def debian_mirrors(etc: Path = Path("/etc/apt")) -> DebianMirrors:
         LockFailed: apt's sources name no Debian archive and no variable does.
     """
     main, security = os.environ.get("MOAT_DEBIAN_MIRROR", ""), os.environ.get("MOAT_DEBIAN_SECURITY_MIRROR", "")
-    for uri, suite in apt_sources(etc):
-        uri = uri.rstrip("/")
+    for configured, suite in apt_sources(etc):
+        uri = configured.rstrip("/")
         if not uri.startswith(("http:", "https:", "file:")):
             continue
         if re.fullmatch(_CODENAMES + r"(-security|/updates)", suite):

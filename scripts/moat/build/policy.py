@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,38 @@ class Policy:
     def license_of(self, kind: str, name: str, version: str, metadata: str) -> str:
         """Return the licence that counts: an override where one is stated, else the metadata's."""
         for o in self.license_overrides:
-            if o.kind == kind and _name(kind, o.name) == _name(kind, name) and o.version in ("", version):
+            if o.kind == kind and fnmatchcase(_name(kind, name), o.name) and o.version in ("", version):
                 return o.license
         return metadata
 
+    def check_licenses(self, entries: Iterable[LockedFile]) -> None:
+        """Refuse licences that are not allowed, all of them in one message, so that one look is enough.
+
+        Raises:
+            PolicyRefused: naming every file that is refused.
+        """
+        refused: list[PolicyRefused] = []
+        for e in entries:
+            try:
+                self.check_license(e)
+            except PolicyRefused as refusal:
+                refused.append(refusal)
+        if len(refused) == 1:
+            raise refused[0]
+        if refused:
+            first = refused[0]
+            raise PolicyRefused(
+                f"rule license: {len(refused)} files are refused",
+                found="\n            ".join(r.message.removeprefix("rule license: ") for r in refused),
+                expected=first.expected,
+                hint=first.hint,
+                path=first.path,
+            )
+
     def check_license(self, entry: LockedFile) -> None:
         """Refuse a licence that is not allowed."""
-        if entry.kind == "deb" and self.debian_main_allowed and "/main/pool/" in entry.source:
+        in_main = re.match(r"debian(-security)?:[a-z-]+/main/pool/", entry.source) is not None
+        if entry.kind == "deb" and self.debian_main_allowed and in_main:
             return
         if any(
             n.kind == entry.kind and _name(n.kind, n.name) == _name(n.kind, entry.name) and n.license == entry.license

@@ -367,7 +367,7 @@ def members(path: Path) -> list[str]:
 
 
 def locked(choice: Choice, path: Path, policy: Policy, now: datetime) -> LockedFile:
-    """Judge a downloaded wheel and return its lock entry.
+    """Judge a downloaded wheel and return its lock entry; the licences are judged together afterwards.
 
     Raises:
         PolicyRefused: a rule refuses it.
@@ -376,7 +376,7 @@ def locked(choice: Choice, path: Path, policy: Policy, now: datetime) -> LockedF
     policy.check_denied("wheel", p.name, p.version, f.filename)
     policy.check_age(p.name, p.version, f.filename, f.uploaded, now)
     policy.check_startup_hooks(p.name, f.filename, members(path))
-    entry = LockedFile(
+    return LockedFile(
         kind="wheel",
         name=p.name,
         version=p.version,
@@ -389,5 +389,3 @@ def locked(choice: Choice, path: Path, policy: Policy, now: datetime) -> LockedF
         marker=p.marker,
         pythons=choice.pythons,
     )
-    policy.check_license(entry)
-    return entry
