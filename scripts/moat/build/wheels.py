@@ -353,6 +353,18 @@ def wheel_license(path: Path) -> str:
     )
 
 
+def places(entries: Iterable[LockedFile], index: Index) -> dict[str, tuple[str, ...]]:
+    """Return where the index serves each locked wheel, by sha256; a wheel that it has no longer is left out.
+
+    Raises:
+        LockFailed: the index does not answer.
+    """
+    names = sorted({e.source.removeprefix("pypi:") for e in entries})
+    wanted = {e.sha256 for e in entries}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return {f.sha256: (f.url,) for files in pool.map(index.files, names) for f in files if f.sha256 in wanted}
+
+
 def members(path: Path) -> list[str]:
     """Return the paths in a wheel.
 
