@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves how the release key is made, kept and used: modes, no overwriting, no secret in any output, equal signatures."""
+"""Proves how the release key is made, kept and used: modes, no overwriting, no secret in outputs, equal signatures."""
 
 from __future__ import annotations
 

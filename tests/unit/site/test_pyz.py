@@ -37,12 +37,12 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_builds_are_byte_identical(pyz: Path, tmp_path: Path) -> None:
-    os.umask(old := os.umask(0o077))  # neither the caller's umask nor the time of day may show
-    os.umask(0o077)
+    before = os.umask(0o077)  # neither the caller's umask nor the time of day may show
     try:
         build_pyz(tmp_path / "again.pyz", 1_760_000_000)
     finally:
-        os.umask(old)
+        os.umask(before)
+    assert (tmp_path / "again.pyz").stat().st_mode == pyz.stat().st_mode
     assert (tmp_path / "again.pyz").read_bytes() == pyz.read_bytes()
     build_pyz(tmp_path / "later.pyz", 1_760_086_400)
     assert (tmp_path / "later.pyz").read_bytes() != pyz.read_bytes(), "the date is that of the locks"

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves how a medium is read: right hashes for any sizes and thread counts, no more bytes than listed, and it can stop."""
+"""Proves how a medium is read: right hashes for any size and number of threads, no byte too many, and it can stop."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -138,13 +137,13 @@ def test_a_defect_in_a_thread_is_not_swallowed(root: Path) -> None:
 
 
 def test_ctrl_c_ends_a_verification_at_once(tmp_path: Path) -> None:
-    """A sparse file of 64 GiB takes minutes to hash; after SIGINT the process must be gone in seconds, with code 130."""
+    """A sparse file of 64 GiB takes a minute to hash; after SIGINT the process must be gone at once."""
     made = make_large_bundle(tmp_path / "bundle", tmp_path / "keys", 1024 * 1024)
     script = (
         "import sys; from moat.site import scan; from moat.manifest import FileEntry\n"
         "with scan.open_root(__import__('pathlib').Path(sys.argv[1])) as fd:\n"
         "    print('go', flush=True)\n"
-        "    scan.hash_files(fd, [FileEntry('big', 2**36, '0'*64, 'x', 'x', '1', 'x', 'x')] * 1)\n"
+        "    scan.hash_files(fd, [FileEntry('big', 2**36, '0'*64, 'x', 'x', '1', 'x', 'x')])\n"
     )
     with (made.path / "big").open("wb") as f:
         f.truncate(2**36)
@@ -163,12 +162,8 @@ def test_ctrl_c_ends_a_verification_at_once(tmp_path: Path) -> None:
     (made.path / "big").unlink()
 
 
-def test_hashing_uses_the_hash_of_the_standard_library(root: Path) -> None:
+def test_a_known_hash(root: Path) -> None:
     (root / "f").write_bytes(b"abc")
     with scan.open_root(root) as fd:
         found = scan.hash_files(fd, [entry("f", b"abc")])["f"].sha256
-    assert (
-        found
-        == hashlib.sha256(b"abc").hexdigest()
-        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert found == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
