@@ -6,7 +6,7 @@ defaults, and why:
 
 - one thread: two OpenMP threads on a busy two-core machine fell from 60 to 2.4 tokens a second;
 - four slots of 2048 tokens each, so that four streams run side by side;
-- ``/slots``, ``/props`` (which show the prompts of others), the web page and metrics are off;
+- ``/slots`` (which shows the prompts of others), changes by ``/props``, the web page and metrics are off;
 - its log carries warnings and errors only, never a prompt;
 - the prompt cache in memory is bounded (upstream's default is 8 GiB).
 """
