@@ -2,9 +2,10 @@
 """Go modules of a program that is compiled in its own module's folder, with the locked toolchain.
 
 Which files a build needs is not computed but observed: the locked toolchain lists the packages of the main package with
-an empty module cache, and what it fetched for that (archives, ``.mod``, ``.info``) is what is locked. A second listing
-with an empty cache and those files alone, no network, proves that they suffice. Every file is compared with the ``h1:``
-sums of the program's own ``go.sum``; the program's own archive is compared with the checksum database by Go itself.
+an empty module cache, and what it fetched for that (archives and ``.mod`` files) is what is locked. ``.info`` files are
+left out: each proxy words them anew, and with exact versions Go reads none. A second listing with an empty cache and
+those files alone, no network, proves that they suffice. Every file is compared with the ``h1:`` sums of the program's
+own ``go.sum``; the program's own archive is compared with the checksum database by Go itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from moat.build.policy import Policy
 from moat.console import Console
 from moat.errors import HashMismatch, LockFailed
 
-_KINDS = {"zip": "go-module", "mod": "go-mod", "info": "go-info"}
+_KINDS = {"zip": "go-module", "mod": "go-mod"}
 
 
 def toolchain(debs: Sequence[LockedFile], cache: Cache, console: Console) -> Path:
@@ -123,8 +124,6 @@ def check_sum(entry: LockedFile, path: Path, sums: Mapping[tuple[str, str], str]
         LockFailed: ``go.sum`` does not name it.
         HashMismatch: it is not the file that ``go.sum`` means.
     """
-    if entry.kind == "go-info":
-        return  # a version and a time; nothing is compiled from it
     version = entry.version if entry.kind == "go-module" else f"{entry.version}/go.mod"
     expected = sums.get((entry.name, version))
     if expected is None:
@@ -247,9 +246,7 @@ def _download_main(program: GoProgram, goroot: Path, scratch: Path, proxy: str, 
 
 def _module_files(downloaded: Path) -> list[Path]:
     return sorted(
-        p
-        for p in downloaded.rglob("*")
-        if p.parent.name == "@v" and p.suffix in (".zip", ".mod", ".info") and p.is_file()
+        p for p in downloaded.rglob("*") if p.parent.name == "@v" and p.suffix in (".zip", ".mod") and p.is_file()
     )
 
 
@@ -304,7 +301,7 @@ def _prove(entries: Sequence[LockedFile], source: Path, goroot: Path, cache: Cac
 
 
 def judged(entries: Iterable[LockedFile], program: GoProgram, policy: Policy) -> list[LockedFile]:
-    """Apply the licence rules to the modules; ``.mod`` and ``.info`` files are build metadata and carry none.
+    """Apply the licence rules to the modules; ``.mod`` files are build metadata and carry none.
 
     Raises:
         PolicyRefused: a licence is not allowed.

@@ -29,7 +29,7 @@ class LockedFile:
     """One input by its bytes.
 
     Attributes:
-        kind: ``wheel``, ``deb``, ``go-module`` (zip), ``go-mod`` (.mod file), ``go-info``, ``model``, ``tokenizer``.
+        kind: ``wheel``, ``deb``, ``go-module`` (zip), ``go-mod`` (.mod file), ``model``, ``tokenizer``.
         name: package, module or model name.
         version: exact version (Debian: with epoch and revision).
         filename: basename in the bundle and in the cache's views.
@@ -156,7 +156,7 @@ class Locks:
         locked_at: seconds; the ``SOURCE_DATE_EPOCH`` of every build from these locks.
         wheels: those for the target's Python.
         debs: Debian packages.
-        go: Go modules of MinIO (``go-module``, ``go-mod``, ``go-info``).
+        go: Go modules of MinIO (``go-module``, ``go-mod``).
         files: model files and tokenizers from a hub.
         local_debs: ``debs`` is this machine's re-made lock (`moat fetch --relock-vanished`), not the committed one.
     """
