@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves what nginx's configuration does when gateways fail, with the shipped nginx image and real connections.
+
+The container has no network but a loopback. The gateways' places are taken by servers of this test, whose sockets are
+opened inside the container's network namespace: they count what reaches them, break off, hang or are simply not there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import itertools
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+NGINX_UID = 10101
+CLONE_NEWNET = 0x40000000
+BODY = json.dumps({"model": "m", "messages": []}).encode()
+
+Handler = Callable[[socket.socket, bytes], None]
+
+
+def image() -> str:
+    done = subprocess.run(
+        ["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}", "moat/nginx"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = done.stdout.split()
+    if not found:
+        pytest.skip("the engine has no image moat/nginx: run `make demo` first")
+    return found[0]
+
+
+def inside(pid: int, make: Callable[[], Any]) -> Any:
+    """Run ``make`` in a thread that is in the network namespace of ``pid``; a socket keeps its namespace."""
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(fd, CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+            finally:
+                os.close(fd)
+            result.append(make())
+        except BaseException as e:
+            result.append(e)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """Return head and body of one request, or nothing if the connection was closed."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        block = connection.recv(65536)
+        if not block:
+            return b""
+        data += block
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next((int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.lower().startswith(b"content-length:")), 0)
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+def answer(body: bytes, headers: str = "", status: str = "200 OK") -> Handler:
+    def handle(connection: socket.socket, _: bytes) -> None:
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
+        connection.sendall(head.encode() + body)
+
+    return handle
+
+
+def break_off(connection: socket.socket, _: bytes) -> None:
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+def stream(pieces: int, pause: float, *, whole: bool = True) -> Handler:
+    def handle(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for i in range(pieces):
+            data = f"data: {i}\n\n".encode()
+            connection.sendall(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            time.sleep(pause)
+        if whole:
+            connection.sendall(b"0\r\n\r\n")
+        else:
+            connection.shutdown(socket.SHUT_RDWR)
+
+    return handle
+
+
+@dataclass
+class Gateway:
+    """A server in a gateway's place; ``requests`` are the raw ones that reached it."""
+
+    listener: socket.socket
+    handle: Handler
+    requests: list[bytes] = field(default_factory=list)
+    connections: int = 0
+
+    def serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._one, args=(connection,), daemon=True).start()
+
+    def _one(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                while request := read_request(connection):
+                    self.requests.append(request)
+                    self.handle(connection, request)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+class Site:
+    """The shipped nginx in a container without a network."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "compose" / "nginx", folder / "nginx")
+        upstream = folder / "nginx" / "upstream.conf"
+        text = upstream.read_text()
+        assert text.count("172.30.242.1") == 2
+        upstream.write_text(text.replace("172.30.242.11:", "127.0.0.1:").replace("172.30.242.12:", "127.0.0.1:"))
+        (folder / "tls").mkdir()
+        argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        argv += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        argv += ["-keyout", str(folder / "tls/key.pem"), "-out", str(folder / "tls/cert.pem")]
+        subprocess.run(argv, check=True, capture_output=True)
+        for path in (folder / "tls").iterdir():
+            os.chown(path, NGINX_UID, NGINX_UID)
+        argv = ["docker", "run", "--detach", "--network", "none", "--read-only", "--cap-drop", "ALL"]
+        argv += ["--user", f"{NGINX_UID}:{NGINX_UID}", "--security-opt", "no-new-privileges:true", "--tmpfs", "/tmp"]
+        argv += ["--tmpfs", f"/var/cache/nginx:uid={NGINX_UID}", "-v", f"{folder}/nginx:/etc/nginx/moat:ro"]
+        argv += ["-v", f"{folder}/tls:/run/secrets:ro", image()]
+        argv += ["-c", "/etc/nginx/moat/nginx.conf", "-e", "/dev/stderr", "-g", "daemon off;"]
+        self.id = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+        self.pid = int(self._docker("inspect", "--format", "{{.State.Pid}}", self.id))
+        self.gateways: list[Gateway] = []
+        self._wait()
+
+    def _docker(self, *words: str) -> str:
+        done = subprocess.run(["docker", *words], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                inside(self.pid, lambda: socket.create_connection(("127.0.0.1", 8443), 1)).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, self.logs()
+                time.sleep(0.05)
+
+    def logs(self) -> str:
+        return self._docker("logs", self.id)
+
+    def access_log(self) -> list[dict[str, Any]]:
+        time.sleep(0.2)
+        return [json.loads(x) for x in self.logs().splitlines() if x.startswith("{")]
+
+    def reload(self) -> None:
+        self._docker("kill", "--signal", "HUP", self.id)
+        time.sleep(0.5)
+
+    def gateway(self, port: int, handle: Handler) -> Gateway:
+        made = Gateway(inside(self.pid, lambda: socket.create_server(("127.0.0.1", port))), handle)
+        threading.Thread(target=made.serve, daemon=True).start()
+        self.gateways.append(made)
+        return made
+
+    def connect(self, *, tls: bool = True) -> http.client.HTTPConnection:
+        port = 8443 if tls else 8080
+        raw = inside(self.pid, lambda: socket.create_connection(("127.0.0.1", port), 20))
+        connection = http.client.HTTPConnection("localhost", port)
+        if tls:
+            context = ssl.create_default_context(cafile=str(self.folder / "tls/cert.pem"))
+            raw = context.wrap_socket(raw, server_hostname="localhost")
+        connection.sock = raw
+        return connection
+
+    def ask(
+        self, method: str = "POST", path: str = "/v1/chat/completions", *, tls: bool = True, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = self.connect(tls=tls)
+        connection.request(method, path, BODY if method == "POST" else None, headers)
+        response = connection.getresponse()
+        result = (response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        connection.close()
+        return result
+
+    def close(self) -> None:
+        for gateway in self.gateways:
+            gateway.close()
+        subprocess.run(["docker", "rm", "--force", self.id], check=True, capture_output=True)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    # pytest's folders are for root alone; nginx's user reads these.
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    made = Site(tmp_path)
+    yield made
+    made.close()
+
+
+def error_code(body: bytes) -> str:
+    return str(json.loads(body)["error"]["code"])
+
+
+def test_a_post_of_which_a_byte_was_sent_is_never_sent_again(site: Site) -> None:
+    first, second = site.gateway(4001, break_off), site.gateway(4002, break_off)
+    status, headers, body = site.ask()
+    assert (status, error_code(body)) == (502, "gateway_unreachable")
+    assert headers["retry-after"] == "1"
+    assert len(first.requests) + len(second.requests) == 1
+
+
+def test_a_get_is_sent_to_the_other_gateway_when_one_breaks_off(site: Site) -> None:
+    # The control of the test above: with a request that may be repeated, both are asked.
+    first, second = site.gateway(4001, break_off), site.gateway(4002, break_off)
+    assert site.ask("GET", "/v1/models")[0] == 502
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+
+
+def test_a_post_goes_to_the_other_gateway_when_one_is_not_there(site: Site) -> None:
+    only = site.gateway(4002, answer(b"{}"))
+    for _ in range(6):
+        assert site.ask()[0] == 200
+    assert len(only.requests) == 6
+
+
+def test_without_any_gateway_the_answer_says_so_in_openai_shape(site: Site) -> None:
+    status, headers, body = site.ask()
+    assert (status, error_code(body)) == (502, "gateway_unreachable")
+    assert headers["content-type"] == "application/json"
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_chunks_of_a_stream_are_passed_on_when_they_come(site: Site) -> None:
+    site.gateway(4001, stream(8, 0.1))
+    site.gateway(4002, stream(8, 0.1))
+    connection = site.connect()
+    started = time.monotonic()
+    connection.request("POST", "/v1/chat/completions", BODY)
+    response = connection.getresponse()
+    arrivals = []
+    while line := response.readline():
+        if line.startswith(b"data:"):
+            arrivals.append(time.monotonic() - started)
+    connection.close()
+    assert len(arrivals) == 8
+    assert arrivals[0] < 0.3
+    # Sent 0.1 s apart: a buffer anywhere would make them arrive together.
+    assert all(0.05 < b - a < 0.25 for a, b in itertools.pairwise(arrivals))
+
+
+def test_a_stream_that_a_gateway_breaks_off_does_not_look_complete(site: Site) -> None:
+    for port in (4001, 4002):
+        site.gateway(port, stream(2, 0.01, whole=False))
+    connection = site.connect()
+    connection.request("POST", "/v1/chat/completions", BODY)
+    with pytest.raises(http.client.IncompleteRead):
+        connection.getresponse().read()
+    connection.close()
+
+
+def test_a_running_stream_survives_a_reload_that_marks_its_gateway_down(site: Site) -> None:
+    first, second = site.gateway(4001, stream(15, 0.1)), site.gateway(4002, stream(15, 0.1))
+    connection = site.connect()
+    connection.request("POST", "/v1/chat/completions", BODY)
+    response = connection.getresponse()
+    response.readline()
+    busy, other, port = (first, second, 4001) if first.requests else (second, first, 4002)
+    upstream = site.folder / "nginx" / "upstream.conf"
+    upstream.write_text(upstream.read_text().replace(f"127.0.0.1:{port}", f"127.0.0.1:{port} down"))
+    site.reload()
+    before = len(other.requests)
+    other.handle = answer(b"{}")
+    for _ in range(4):
+        assert site.ask()[0] == 200
+    assert (len(busy.requests), len(other.requests) - before) == (1, 4)
+    assert response.read().count(b"data:") == 14  # one was read above
+    connection.close()
+
+
+def test_connections_to_the_gateways_are_kept(site: Site) -> None:
+    one = site.gateway(4002, answer(b"{}"))
+    for _ in range(10):
+        site.ask()
+    assert len(one.requests) == 10
+    assert one.connections <= 2  # one a worker at most
+
+
+def test_what_nginx_adds_and_takes_away(site: Site) -> None:
+    leaks = (
+        "x-litellm-model-api-base: http://model:8081\r\nx-request-id: the-gateways-own\r\n"
+        "content-security-policy: default-src *\r\nserver: uvicorn\r\n"
+    )
+    seen = site.gateway(4001, answer(b"{}", leaks)), site.gateway(4002, answer(b"{}", leaks))
+    claims = {
+        "x-request-id": "caller-0123",
+        "x-forwarded-for": "192.0.2.77",
+        "forwarded": "for=192.0.2.77",
+        "x-real-ip": "192.0.2.77",
+        "traceparent": "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01",
+    }
+    status, headers, _ = site.ask(
+        path="/v1/chat/completions?api-key=SECRET-QUERY", **claims, authorization="Bearer KEY"
+    )
+    request = (seen[0].requests + seen[1].requests)[0].decode().lower()
+    assert status == 200
+    assert headers["x-request-id"] == "caller-0123"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert headers["server"] == "nginx"
+    assert "x-litellm-model-api-base" not in headers
+    assert "x-request-id: caller-0123" in request
+    assert "authorization: bearer key" in request
+    assert "traceparent: 00-0123" in request
+    assert "192.0.2.77" not in request
+    assert "x-forwarded-for: 127.0.0.1" in request
+    entry = site.access_log()[-1]
+    assert entry["request_id"] == "caller-0123"
+    assert entry["trace_id"] == "0123456789abcdef0123456789abcdef"
+    assert entry["path"] == "/v1/chat/completions"
+    assert "SECRET-QUERY" not in json.dumps(site.access_log())
+    assert "KEY" not in json.dumps(site.access_log())
+
+
+@pytest.mark.parametrize("claimed", ["short", 'a"b{injected}', "x" * 200, "ok id with blanks"])
+def test_a_request_id_that_is_not_plain_is_replaced(site: Site, claimed: str) -> None:
+    site.gateway(4001, answer(b"{}"))
+    _, headers, _ = site.ask(**{"x-request-id": claimed})
+    assert headers["x-request-id"] != claimed
+    assert len(headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/", "/metrics", "/config", "/config/yaml", "/sso/key/generate", "/docs", "/redoc", "/openapi.json", "/ui",
+        "/ui/", "/key/generate", "/team/new", "/user/info", "/model/info", "/v1/model/info", "/v1/model_group/info",
+        "/health", "/health/readiness", "/health/drain", "/debug/asyncio-tasks", "/get/config/callbacks",
+        "/v1/mcp/server", "/mcp/", "/_moat/nginx", "/_moat/status", "/routes", "/v1/files", "/v1/batches",
+        "/openai/v1/chat/completions", "/vertex_ai/../v1/models", "/v1//models", "/v1/./models",
+        "/v1/models/../../metrics", "/v1/models%2f..%2f..%2fmetrics", "/%76%31/models", "/v1/models;x=1",
+        "/v1/models/%0d%0aX-Evil:1", "/V1/MODELS", "/v1/chat/completions/",
+    ],
+)  # fmt: skip
+def test_paths_that_are_not_public_never_reach_a_gateway(site: Site, path: str) -> None:
+    gateways = site.gateway(4001, answer(b"{}")), site.gateway(4002, answer(b"{}"))
+    status, _, body = site.ask("GET", path)
+    assert (status, error_code(body)) == (404, "not_found")
+    assert gateways[0].requests + gateways[1].requests == []
+    # Control: a public path does reach one.
+    assert site.ask("GET", "/v1/models")[0] == 200
+    assert len(gateways[0].requests + gateways[1].requests) == 1
+
+
+def test_a_body_above_the_limit_is_refused_before_a_gateway_sees_it(site: Site) -> None:
+    one = site.gateway(4001, answer(b"{}"))
+    connection = site.connect()
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("content-length", str(21 * 1024 * 1024))
+    connection.endheaders()
+    response = connection.getresponse()
+    assert (response.status, error_code(response.read())) == (413, "request_too_large")
+    connection.close()
+    assert one.requests == []
+
+
+def test_a_large_body_is_kept_in_the_tmpfs_and_arrives_whole(site: Site) -> None:
+    one = site.gateway(4002, answer(b"{}"))
+    body = b'{"x":"' + b"a" * (5 * 1024 * 1024) + b'"}'
+    connection = site.connect()
+    connection.request("POST", "/v1/chat/completions", body)
+    assert connection.getresponse().status == 200
+    connection.close()
+    assert one.requests[0].endswith(body)
+
+
+def test_the_plain_port_redirects_but_refuses_keys(site: Site) -> None:
+    status, headers, _ = site.ask("GET", "/v1/models", tls=False)
+    assert (status, headers["location"]) == (308, "https://localhost:8443/v1/models")
+    for name in ("authorization", "x-api-key", "api-key"):
+        status, _, body = site.ask("GET", "/v1/models", tls=False, **{name: "something"})
+        assert (status, error_code(body)) == (403, "tls_required")
+    assert site.ask("GET", "/_moat/nginx", tls=False)[0] == 200
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
+def test_old_tls_is_refused(site: Site, version: ssl.TLSVersion) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # asking for old versions is the point
+        context.minimum_version = context.maximum_version = version
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    raw = inside(site.pid, lambda: socket.create_connection(("127.0.0.1", 8443), 5))
+    with raw, pytest.raises((ssl.SSLError, ConnectionError)):
+        context.wrap_socket(raw)
