@@ -4,8 +4,9 @@
 
 Runs are paired and alternate, warm (files in the page cache) and cold (dropped from it before each run). One JSON line
 a pair, then one a mode with medians: seconds, ratio (how many times faster than sha256sum), peak memory in MB.
-``openssl_s`` tells how much of the ratio is the hash's own code: Debian 12's sha256sum does not use the processor's SHA
-instructions, OpenSSL (and Python, and Debian 13's sha256sum) does; what is left over is the use of all cores. The bundle is synthetic, with the sizes of a real one, unless ``--bundle`` and ``--key`` name one.
+``openssl_s`` tells how much of the ratio is the hash's own code: Debian 12's sha256sum does not use the processor's
+SHA instructions, OpenSSL (so Python, and Debian 13's sha256sum) does; the rest is the use of all cores.
+The bundle is synthetic, with the sizes of a real one, unless ``--bundle`` and ``--key`` name one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,8 @@ from moat.errors import LoadFailed
 PROJECT: Final = "moat"
 #: A daemon that hangs must not hang us; the slowest of these questions takes well under a second.
 ASK_SECONDS: Final = 60
+#: How much of a program's output is looked at for its last words.
+_WORDS_BYTES: Final = 8192
 
 
 class EngineError(Exception):
@@ -191,7 +194,7 @@ class Engine:
                 raise
             if code == 0:
                 return
-            output.seek(0)
+            output.seek(max(0, output.seek(0, os.SEEK_END) - _WORDS_BYTES))
             words = _last_words(output.read())
             full = "no space left" in words.lower()
             raise LoadFailed(
@@ -220,5 +223,5 @@ def _feed(child: subprocess.Popen[bytes], blocks: Iterable[memoryview]) -> int:
 
 
 def _last_words(output: bytes) -> str:
-    lines = output[-8192:].decode("utf-8", "replace").strip().splitlines()
-    return " ".join(lines[-3:])[:600]
+    lines = output[-_WORDS_BYTES:].decode("utf-8", "replace").strip().splitlines()
+    return " ".join(lines[-3:])[-600:]

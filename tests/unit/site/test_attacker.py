@@ -96,13 +96,13 @@ def test_what_the_key_signed_is_still_checked(attack: Attack, made: Made) -> Non
 
 
 def test_no_byte_of_manifest_or_signature_is_free(original: Made, tmp_path: Path) -> None:
-    """Flips one bit of every byte of both; in this process, since these are some thousand verifications."""
+    """Flips a bit of every byte of the signature and of every fifth of the manifest, in this process (some 800 times)."""
     shutil.copytree(original.path, tmp_path / "b")
     keys = [parse_public_key_file(original.public.read_bytes(), "moat.pub")]
     for name in (SIGNATURE_NAME, MANIFEST_NAME):
         path = tmp_path / "b" / name
         good = path.read_bytes()
-        for offset in range(len(good)):
+        for offset in range(0, len(good), 1 if name == SIGNATURE_NAME else 5):
             flip(path, offset, offset % 8)
             report = examine_bundle(tmp_path / "b", keys, Console(quiet=True))
             assert report.exit_code in (3, 4), f"{name} byte {offset}"
