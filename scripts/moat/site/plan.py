@@ -28,6 +28,8 @@ NAME = "plan"
 HELP = "show what installing a bundle would add, change and remove"
 
 _COMPOSE: Final = "compose/"
+#: Filled in, or the operator's own once they are there (moat.site.layout).
+_NOT_COPIED: Final = ("config/", "nginx/upstream.conf", "nginx/site.conf", "moat-firewall.service")
 #: Lines of the table that a person reads.
 _MAX_ROWS: Final = 60
 
@@ -154,12 +156,17 @@ def _changes(after: Manifest, before: Manifest | None) -> Iterable[Change]:
 
 
 def deployment_changes(manifest: Manifest, folder: Path) -> list[tuple[str, str]]:
-    """Return (``add`` or ``change``, path) for the Compose files that the deployment folder lacks or has otherwise."""
+    """Return (``add`` or ``change``, path) for the Compose files that the deployment folder lacks or has otherwise.
+
+    Only files that `moat prepare` copies as they are; those that it fills in (ports, certificate names) and the
+    operator's own (configuration, keys, secrets, the nginx upstreams) are not ours to foretell.
+    """
     found = []
     for f in manifest.files:
-        if not f.path.startswith(_COMPOSE):
+        name = f.path.removeprefix(_COMPOSE)
+        if name == f.path or name.startswith(_NOT_COPIED):
             continue
-        place = folder / f.path.removeprefix(_COMPOSE)
+        place = folder / name
         try:
             same = hashlib.sha256(place.read_bytes()).hexdigest() == f.sha256
         except OSError:

@@ -96,7 +96,7 @@ def test_what_the_key_signed_is_still_checked(attack: Attack, made: Made) -> Non
 
 
 def test_no_byte_of_manifest_or_signature_is_free(original: Made, tmp_path: Path) -> None:
-    """Flips a bit of every byte of the signature and of every fifth of the manifest, in this process (some 800 times)."""
+    """A bit of every byte of the signature and of every fifth of the manifest, in this process (some 800 times)."""
     shutil.copytree(original.path, tmp_path / "b")
     keys = [parse_public_key_file(original.public.read_bytes(), "moat.pub")]
     for name in (SIGNATURE_NAME, MANIFEST_NAME):

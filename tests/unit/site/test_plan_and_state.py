@@ -79,6 +79,11 @@ def test_the_deployment_folder_is_compared_by_content(tmp_path: Path) -> None:
     assert deployment_changes(OLD, tmp_path) == []
 
 
+def test_files_that_prepare_does_not_copy_are_not_foretold(tmp_path: Path) -> None:
+    paths = {"compose/config/site.yaml": b"a", "compose/nginx/site.conf": b"b", "compose/nginx/maps.conf": b"c"}
+    assert deployment_changes(manifest_of(paths), tmp_path) == [("add", str(tmp_path / "nginx/maps.conf"))]
+
+
 # --- the record ---
 
 INSTALLED = Installed("0.1.0", "site", "debian13-amd64", "0" * 64, 1)
