@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+
 from moat.build.layers import Node, Tree, read_layer, write_layer
 from moat.errors import BuildFailed
 

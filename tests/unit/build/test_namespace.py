@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from moat.build.namespace import MARK, Isolation, judge, prove, reexec_argv
 from moat.errors import BuildFailed
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from moat.build.layers import Node, Tree, write_layer
 from moat.build.oci import Archive, ImageConfig, write_archive
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from moat.build.layers import Tree
 from moat.build.locks import TARGETS, LockedFile
 from moat.build.pywheels import select, unpack, wheel_files

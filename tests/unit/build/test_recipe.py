@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from moat.build.recipe import read_recipe, read_recipes
 from moat.errors import BuildFailed
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+
 from moat.build.components import Component, license_field, notices, purl
 from moat.build.sbom import document
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from moat.build.cache import Cache
 from moat.build.debroot import extract_tar, merged
 from moat.build.golang import file_proxy, minio_variables, unzip_module
