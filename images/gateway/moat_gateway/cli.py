@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line ``moat-gateway``: a table of contents, and the translation of errors to exit codes.
+
+With ``--json`` there is one object on stdout and nothing else; messages go to stderr. Secrets are never options:
+options name files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moat_gateway import __version__, adminclient, events, keyfile, keys, metrics, preflight, settings, store, tls
+from moat_gateway import ask as ask_
+from moat_gateway.errors import BadKeys, GatewayError
+from moat_gateway.settings import Settings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moat-gateway", description="LiteLLM with Moat's layer, for sites without internet."
+    )
+    parser.add_argument("--version", action="version", version=f"moat-gateway {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+        return sub
+
+    serve = command("serve", _serve, "Run the gateway.")
+    settings.add_options(serve)
+
+    check = command(
+        "check", _check, "Check settings, secrets, configuration and keys as `serve` does, without serving."
+    )
+    check.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    settings.add_options(check)
+
+    _keys_parser(command("keys", _keys, "Make, list and revoke client keys in keys.yaml."))
+
+    status = command("status", _status, "Ask the running gateway how it is.")
+    status.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    settings.add_options(status, "admin_socket")
+
+    reload = command("reload", _reload, "Have the running gateway read keys.yaml at once.")
+    settings.add_options(reload, "admin_socket")
+
+    table = command("settings", _settings, "Show the settings in force, or the reference pages.")
+    table.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    pages = table.add_mutually_exclusive_group()
+    pages.add_argument("--markdown", action="store_true", help="print docs/reference/settings.md")
+    pages.add_argument("--metrics-markdown", action="store_true", help="print docs/reference/metrics.md")
+    pages.add_argument("--events-markdown", action="store_true", help="print docs/reference/log-events.md")
+
+    _ask_parser(command("ask", _ask, "Make one chat completion as a client does."))
+
+    store_parser = command("store", _store, "Make or check the bucket of configuration revisions.")
+    store_parser.add_argument("action", choices=("init", "check"))
+    store_parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    store_parser.add_argument("--endpoint", dest="setting_store_endpoint", help="short for --store-endpoint")
+    store_parser.add_argument("--bucket", dest="setting_store_bucket", help="short for --store-bucket")
+    settings.add_options(store_parser, *(s.name for s in settings.SETTINGS if s.name.startswith("store_")))
+
+    tls_parser = command("tls", _tls, "Make a local certificate authority and a server certificate.")
+    tls_parser.add_argument("action", choices=("self-signed",))
+    tls_parser.add_argument(
+        "--out-dir",
+        "--out",
+        dest="out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for ca.pem, cert.pem, key.pem",
+    )
+    tls_parser.add_argument(
+        "--name", action="append", default=[], help="host name (or address) of the server; repeat for more"
+    )
+    tls_parser.add_argument("--ip", action="append", default=[], help="IP address of the server; repeat for more")
+    tls_parser.add_argument("--days", type=int, default=825, help="how long it counts (default 825)")
+    return parser
+
+
+def _keys_parser(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--keys", "--file", dest="setting_keys", metavar="FILE", help="the keys file (MOAT_KEYS)")
+    new = actions.add_parser("new", parents=[shared], help="make a key; its secret is shown once")
+    new.add_argument("id_positional", nargs="?", metavar="ID", help="id of the key in logs")
+    new.add_argument("--id", dest="id_option", help="the same as an option")
+    new.add_argument("--team", required=True, help="id of its team")
+    new.add_argument(
+        "--create-team", action="store_true", help="make the team if it is not there (with --models, or all)"
+    )
+    new.add_argument("--models", help="model names it may use, with commas; default: the team's")
+    new.add_argument("--not-after", metavar="DATE", help="last day (2027-06-30), or a time with its zone")
+    new.add_argument("--out", type=Path, metavar="FILE", help="write the secret there (mode 0600) instead of stdout")
+    listing = actions.add_parser("list", parents=[shared], help="list teams and keys")
+    listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    revoke = actions.add_parser("revoke", parents=[shared], help="remove a key")
+    revoke.add_argument("id", metavar="ID")
+
+
+def _ask_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--base-url", "--url", dest="base_url", required=True, help="scheme, host and port of the site")
+    parser.add_argument("--key-file", type=Path, required=True, help="file with the client key")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--ca-file", type=Path, help="certificate authority of the site; default: the system's")
+    parser.add_argument("--stream", action="store_true", help="ask for a stream and print it as it comes")
+    parser.add_argument("--max-tokens", type=int, default=64, help="most tokens of the answer (default 64)")
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds without a byte (default 120)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+# --- commands ---
+
+
+def _load(args: argparse.Namespace) -> tuple[Settings, tuple[str, ...]]:
+    return settings.load(os.environ, settings.overrides(args))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from moat_gateway.serve import serve
+
+    return serve(*_load(args))
+
+
+def _check(args: argparse.Namespace) -> int:
+    values, unknown = _load(args)
+    checked, problems = preflight.check(values, os.environ)
+    if checked is None:
+        if args.json:
+            _print_json({"ok": False, "exit": problems[0].exit_code, "problems": [p.to_dict() for p in problems]})
+        for p in problems:
+            _say(f"moat-gateway: refused ({p.kind}): {p.one_line()}")
+        return problems[0].exit_code
+    for name in unknown:
+        _say(f"warning: {name} is not a setting")
+    summary = {
+        "ok": True,
+        "exit": 0,
+        "models": list(checked.config.models),
+        "deployments": checked.config.deployments,
+        "secrets": sorted(checked.config.secrets),
+        "keys": len(checked.keys.keys),
+        "teams": len(checked.keys.teams),
+        "egress_allow": list(values.egress_allow),
+        "config_sha256": checked.config.sha256,
+        "problems": [],
+    }
+    if args.json:
+        _print_json(summary)
+    else:
+        print(
+            f"{values.config} is right: {len(checked.config.models)} models, {checked.config.deployments} deployments, "
+            f"{len(checked.config.secrets)} secrets, {len(checked.keys.keys)} keys of {len(checked.keys.teams)} teams; "
+            f"allowed destinations: {values.allow}"
+        )
+    return 0
+
+
+def _keys(args: argparse.Namespace) -> int:
+    path = _load(args)[0].keys
+    if args.action == "new":
+        return _keys_new(args, path)
+    if args.action == "revoke":
+        keyfile.revoke(path, args.id)
+        _say(f"{args.id} is revoked; running gateways see it within a second")
+        return 0
+    now = keys.read(path)
+    if args.json:
+        _print_json(
+            {
+                "ok": True,
+                "teams": [asdict(t) for t in now.teams.values()],
+                "keys": [{"id": k.id, "team": k.team, "models": k.models, "not_after": _moment(k)} for k in now.keys],
+            }
+        )
+        return 0
+    for t in now.teams.values():
+        print(f"team {t.id}: models {', '.join(t.models)}")
+    for k in now.keys:
+        models = ", ".join(k.models or ("of the team",))
+        print(f"key  {k.id}: team {k.team}, models {models}, ends {_moment(k) or 'never'}")
+    return 0
+
+
+def _keys_new(args: argparse.Namespace, path: Path) -> int:
+    key_id = args.id_option or args.id_positional
+    if not key_id or (args.id_option and args.id_positional):
+        raise BadKeys("the key needs one id", expected="moat-gateway keys new ID --team TEAM")
+    names = [m.strip() for m in args.models.split(",") if m.strip()] if args.models else None
+    secret = keys.new_secret()
+    out = _open_new(args.out) if args.out else None
+    try:
+        keyfile.new_key(
+            path, key_id, args.team, models=names, not_after=args.not_after, create_team=args.create_team, secret=secret
+        )
+    except BaseException:
+        if out is not None:
+            os.close(out)
+            args.out.unlink(missing_ok=True)
+        raise
+    if out is None:
+        print(secret)
+    else:
+        with os.fdopen(out, "w", encoding="ascii") as f:
+            f.write(secret + "\n")
+    _say(f"{key_id} is in {path}; this is the only time that its secret is shown")
+    return 0
+
+
+def _open_new(path: Path) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as e:
+        raise BadKeys("the secret cannot be written", found=e.strerror or str(e), path=str(path)) from e
+
+
+def _moment(key: keys.Key) -> str | None:
+    return key.not_after.isoformat().replace("+00:00", "Z") if key.not_after is not None else None
+
+
+def _status(args: argparse.Namespace) -> int:
+    value = adminclient.status(_load(args)[0].admin_socket)
+    if args.json:
+        _print_json(value)
+        return 0
+    state = "ready" if value["ready"] else "not ready: " + "; ".join(value["not_ready"])
+    print(f"{value['name']} (pid {value['pid']}): {state}")
+    print(f"  version      {value['version']}, LiteLLM {value['litellm']}, since {value['started_at']}")
+    print(f"  models       {', '.join(value['models']) or 'none'}")
+    print(f"  keys         {value['keys']['count']} of {value['keys']['teams']} teams")
+    print(f"  requests     {value['in_flight']} in flight, {value['active_streams']} streams")
+    allowed = ", ".join(value["egress"]["allow"]) or "nothing but the loopback"
+    print(f"  egress       {value['egress']['denied']} refused; allowed: {allowed}")
+    for line in value["degraded"]:
+        print(f"  degraded     {line}")
+    return 0
+
+
+def _reload(args: argparse.Namespace) -> int:
+    code, body = adminclient.request(_load(args)[0].admin_socket, "POST", "/reload")
+    answer = json.loads(body)
+    if code != 200:
+        problem = (answer.get("problems") or [{}])[0]
+        raise BadKeys(
+            str(problem.get("message", "the keys file was refused")),
+            path=problem.get("path"),
+            line=problem.get("line"),
+            found=problem.get("found"),
+            expected=problem.get("expected"),
+            hint="correct the file; the one before it still serves",
+        )
+    print(f"{answer['keys']['count']} keys in force. Configuration: {answer['config']}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> int:
+    for wanted, page in ((args.markdown, settings), (args.metrics_markdown, metrics), (args.events_markdown, events)):
+        if wanted:
+            print(page.markdown(), end="")
+            return 0
+    values, _unknown = _load(args)
+    if args.json:
+        _print_json({s.name: _plain(getattr(values, s.name)) for s in settings.SETTINGS})
+        return 0
+    for s in settings.SETTINGS:
+        value = _plain(getattr(values, s.name))
+        print(f"{s.env:<28} {value if not isinstance(value, list) else ' '.join(value)}")
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def _ask(args: argparse.Namespace) -> int:
+    show = not args.json
+
+    def on_text(text: str) -> None:
+        if show:
+            print(text, end="", flush=True)
+
+    answer = ask_.ask(
+        base_url=args.base_url,
+        model=args.model,
+        prompt=args.prompt,
+        key_file=args.key_file,
+        ca_file=args.ca_file,
+        stream=args.stream,
+        max_tokens=args.max_tokens,
+        timeout=args.timeout,
+        on_text=on_text,
+    )
+    if args.json:
+        _print_json(answer.to_dict())
+        return 0
+    u = answer.usage
+    first = f"first token after {answer.first_token_seconds:.2f} s, " if answer.first_token_seconds is not None else ""
+    print(
+        f"\n--- {first}{answer.seconds:.2f} s in all; tokens: {u['prompt_tokens']} + {u['completion_tokens']} = "
+        f"{u['total_tokens']}; request id {answer.request_id}"
+    )
+    return 0
+
+
+def _store(args: argparse.Namespace) -> int:
+    values, _unknown = _load(args)
+    state = store.init(values) if args.action == "init" else store.check(values)
+    if args.json:
+        _print_json({"ok": True, **asdict(state)})
+    else:
+        made = "made" if state.created else "was there"
+        kept = "turned on" if state.versioning_enabled else "on"
+        print(f"bucket {state.bucket} at {state.endpoint}: {made}, versioning {kept}")
+    return 0
+
+
+def _tls(args: argparse.Namespace) -> int:
+    made = tls.self_signed(args.out, [*args.name, *args.ip], days=args.days)
+    print(f"{made.folder}: ca.pem, cert.pem, key.pem for {', '.join(made.names)}, until {made.not_after:%Y-%m-%d}")
+    return 0
+
+
+# --- output ---
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, sort_keys=True))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (``docs/reference/gateway-exit-codes.md``)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except GatewayError as e:
+        if args.debug:
+            traceback.print_exc()
+        if getattr(args, "json", False):
+            _print_json({"ok": False, "exit": e.exit_code, "problems": [e.to_dict()]})
+        _say(f"moat-gateway: refused ({e.kind}): {e.one_line()}")
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception:
+        traceback.print_exc()
+        _say("This is a defect of moat-gateway; please report it with the lines above.")
+        return 1

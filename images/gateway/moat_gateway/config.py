@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of LiteLLM's ``config.yaml`` before LiteLLM sees it, and the configuration that LiteLLM is then given.
+
+Nothing is served that names a destination outside the allow-list, refers to a missing secret, needs a database, or
+turns off what Moat enforces. The rules are tables; :func:`check` walks the file once and reports every problem with
+its line. What passes here is still held by the process (``egress``), the container networks and the firewall.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moat_gateway import secretfiles, strictyaml
+from moat_gateway.allowlist import (
+    AllowList,
+    Destination,
+    NotADestination,
+    destinations_of_urls,
+    parse_host_port,
+)
+from moat_gateway.errors import (
+    BadConfig,
+    DatabaseSet,
+    EndpointRefused,
+    GatewayError,
+    NoModels,
+    SettingRefused,
+    UnreadableSecret,
+    UnsetSecret,
+)
+from moat_gateway.strictyaml import Document, Trail, dotted
+
+_REFERENCE = "os.environ/"
+MASTER_KEY_NAME = "LITELLM_MASTER_KEY"
+
+#: Keys whose value is a destination even without a scheme.
+_DESTINATION_KEY = re.compile(
+    r"(?:^|_)(?:host|hostname|endpoint|server|url|uri|api_base|base_url|domain|address)$", re.IGNORECASE
+)
+#: Keys of a deployment, any of which says where its requests go.
+_BASES = ("api_base", "base_url", "aws_bedrock_runtime_endpoint", "sagemaker_base_url")
+#: Callbacks that talk to nobody by themselves, or whose destination stands in the configuration and is checked there.
+_LOCAL_CALLBACKS = frozenset(
+    {
+        "prometheus", "otel", "opentelemetry", "dynamic_rate_limiter", "dynamic_rate_limiter_v3",
+        "detect_prompt_injection", "s3", "s3_v2", "sqs", "batch_redis_requests", "max_budget_limiter",
+    }
+)  # fmt: skip
+#: Callbacks that call a vendor's cloud unless this parameter of litellm_settings names another place.
+_CALLBACK_NEEDS = {
+    "s3": ("s3_callback_params", "s3_endpoint_url"),
+    "s3_v2": ("s3_callback_params", "s3_endpoint_url"),
+    "sqs": ("aws_sqs_callback_params", "sqs_queue_url"),
+}
+_CALLBACK_LISTS = ("callbacks", "success_callback", "failure_callback", "service_callback", "audit_log_callbacks")
+#: Guardrails that run inside the process.
+_LOCAL_GUARDRAILS = frozenset({"litellm_content_filter", "tool_permission", "prompt_injection", "custom_guardrail"})
+_CACHE_TYPES = frozenset({"local", "redis", "redis-semantic", "qdrant-semantic", "disk", "s3"})
+
+_MODELS = "without it a key's models are not enforced"
+#: Settings that would take away what Moat enforces: where, which values are refused, why.
+_REFUSED: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("include",), bool, "the configuration is one file, so that what is checked is what runs"),
+    (("sandbox_tools",), bool, "programs that LiteLLM starts are outside of the egress check"),
+    (("default_vertex_config",), bool, "it calls a public cloud"),
+    (("general_settings", "custom_auth"), bool, "keys come from keys.yaml"),
+    (("general_settings", "custom_auth_settings"), bool, "keys come from keys.yaml"),
+    (("general_settings", "custom_auth_run_common_checks"), lambda v: v is not True, _MODELS),
+    (("general_settings", "custom_sso"), bool, "there is no login without a database"),
+    (("general_settings", "enable_jwt_auth"), bool, "keys come from keys.yaml"),
+    (("general_settings", "enable_oauth2_auth"), bool, "keys come from keys.yaml"),
+    (("general_settings", "enable_oauth2_proxy_auth"), bool, "keys come from keys.yaml"),
+    (("general_settings", "litellm_key_header_name"), bool, "keys are taken from the documented headers"),
+    (("general_settings", "dangerously_permit_weak_or_unset_master_key"), bool, "the master key is checked by Moat"),
+    (("general_settings", "key_management_system"), bool, "secrets come from files"),
+    (("general_settings", "use_google_kms"), bool, "secrets come from files"),
+    (("general_settings", "use_azure_key_vault"), bool, "secrets come from files"),
+    (("general_settings", "alerting"), bool, "alerts would go to a chat service outside"),
+    (("litellm_settings", "enable_post_custom_auth_checks"), lambda v: v is not True, _MODELS),
+    (("litellm_settings", "disable_hf_tokenizer_download"), lambda v: v is not True, "tokenizers would be fetched"),
+    (("litellm_settings", "aiohttp_trust_env"), bool, "a proxy of the environment would carry requests outside"),
+)  # fmt: skip
+_DATABASE = (
+    ("general_settings", "database_url"),
+    ("general_settings", "database_type"),
+    ("general_settings", "store_model_in_db"),
+    ("environment_variables", "DATABASE_URL"),
+    ("environment_variables", "DIRECT_URL"),
+)
+#: Sections whose entries carry out requests through ``litellm_params`` and so need to say where.
+_NEEDS_BASE = ("search_tools", "vector_store_registry", "files_settings", "finetune_settings", "assistant_settings")
+#: Names that a reference or ``environment_variables`` must not set: they steer this process, not LiteLLM's providers.
+RESERVED_NAMES = re.compile(
+    r"PATH|HOME|(?:LD|PYTHON|MOAT|HF|UVICORN|SSL)_.*|PYTHON.*|LITELLM_(?:LOCAL_.*|MASTER_KEY|SALT_KEY|RUST|CONFIG_.*|WORKER_.*"
+    r"|DANGEROUSLY_.*|MODE|DEV_.*)|(?:HTTPS?|ALL|NO)_PROXY|WORKER_CONFIG|CONFIG_FILE_PATH|GRACEFUL_SHUTDOWN_TIMEOUT",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """A configuration that may run.
+
+    Attributes:
+        effective: what LiteLLM is given: the file, with Moat's enforced settings. Holds references, no secrets.
+        secrets: the values of its references.
+        models: the names that clients use, sorted.
+        deployments: how many entries ``model_list`` has.
+        sha256: of the file's bytes.
+    """
+
+    effective: Mapping[str, Any]
+    secrets: Mapping[str, str] = field(repr=False)
+    models: tuple[str, ...]
+    deployments: int
+    sha256: str
+
+
+def read(path: Path, secrets_dir: Path, allow: AllowList) -> tuple[CheckedConfig | None, list[GatewayError]]:
+    """Read and check one file.
+
+    Returns:
+        The configuration, or ``None`` with at least one problem, in the order of the file.
+    """
+    try:
+        document = strictyaml.read(path, BadConfig)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except GatewayError as e:
+        return None, [e]
+    return check(document, str(path), digest, secrets_dir, allow)
+
+
+def check(
+    document: Document, name: str, digest: str, secrets_dir: Path, allow: AllowList
+) -> tuple[CheckedConfig | None, list[GatewayError]]:
+    """Check a parsed file; see :func:`read`."""
+    if not isinstance(document.data, dict):
+        return None, [BadConfig("is empty or not a mapping", expected="LiteLLM's config.yaml", path=name, line=1)]
+    checker = _Checker(document, name, secrets_dir, allow)
+    checker.run()
+    if checker.problems:
+        return None, sorted(checker.problems, key=lambda e: e.line or 0)
+    models = document.data["model_list"]
+    return (
+        CheckedConfig(
+            effective(document.data),
+            dict(checker.secrets),
+            tuple(sorted({m["model_name"] for m in models})),
+            len(models),
+            digest,
+        ),
+        [],
+    )
+
+
+def effective(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the settings that Moat always sets."""
+    out = copy.deepcopy(dict(data))
+    out["general_settings"] = {
+        # LiteLLM's login page is behind the identity stage; without a value it warns at each start.
+        "trusted_proxy_ranges": [],
+        **(out.get("general_settings") or {}),
+        "master_key": _REFERENCE + MASTER_KEY_NAME,
+        "custom_auth": "moat_gateway.litellm_port.custom_auth",
+        # Both are needed, or LiteLLM ignores the models of the key that custom_auth returns.
+        "custom_auth_run_common_checks": True,
+    }
+    out["litellm_settings"] = {
+        **(out.get("litellm_settings") or {}),
+        "enable_post_custom_auth_checks": True,
+        # POST /utils/token_counter with the name of a Llama model would fetch its tokenizer.
+        "disable_hf_tokenizer_download": True,
+    }
+    return out
+
+
+class _Checker:
+    def __init__(self, document: Document, name: str, secrets_dir: Path, allow: AllowList) -> None:
+        self._document = document
+        self._data: dict[Any, Any] = document.data
+        self._name = name
+        self._dir = secrets_dir
+        self._allow = allow
+        self.problems: list[GatewayError] = []
+        self.secrets: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Apply every rule."""
+        self._sections()
+        self._database()
+        self._refused()
+        self._environment()
+        self._strings()
+        self._models()
+        self._services()
+        self._callbacks()
+
+    # --- reporting ---
+
+    def _report(self, error: type[GatewayError], at: Trail, message: str, **more: str | None) -> None:
+        self.problems.append(error(message, path=self._name, line=self._document.line(at), **more))
+
+    def _get(self, at: tuple[str, ...]) -> Any:
+        value: Any = self._data
+        for step in at:
+            if not isinstance(value, dict) or step not in value:
+                return None
+            value = value[step]
+        return value
+
+    # --- shape ---
+
+    def _sections(self) -> None:
+        for section in ("general_settings", "litellm_settings", "router_settings", "environment_variables"):
+            value = self._data.get(section)
+            if value is not None and not isinstance(value, dict):
+                self._report(BadConfig, (section,), f"{section} is not a mapping", expected="keys and values")
+                self._data[section] = {}
+
+    def _database(self) -> None:
+        for at in _DATABASE:
+            if self._get(at):
+                self._report(
+                    DatabaseSet,
+                    at,
+                    f"{dotted(at)} asks for a database",
+                    expected="no database",
+                    hint="remove it; keys and teams are in keys.yaml",
+                )
+
+    def _refused(self) -> None:
+        for at, bad, why in _REFUSED:
+            value = self._get(at)
+            if value is not None and bad(value):
+                self._report(SettingRefused, at, f"{dotted(at)} is not allowed: {why}", hint="remove it")
+        key = self._get(("general_settings", "master_key"))
+        if key is not None and key != _REFERENCE + MASTER_KEY_NAME:
+            self._report(
+                SettingRefused,
+                ("general_settings", "master_key"),
+                "general_settings.master_key is not allowed: the key comes from its file",
+                hint="remove it; MOAT_MASTER_KEY_FILE names the file",
+            )
+
+    def _environment(self) -> None:
+        for key in self._data.get("environment_variables") or {}:
+            at = ("environment_variables", str(key))
+            if not isinstance(key, str) or RESERVED_NAMES.fullmatch(key):
+                self._report(
+                    SettingRefused, at, f"{dotted(at)} is not allowed: it steers the gateway itself", hint="remove it"
+                )
+
+    # --- every string of the file ---
+
+    def _strings(self) -> None:
+        for at, value in _leaves(self._data, ()):
+            if isinstance(value, str) and value.startswith(_REFERENCE):
+                resolved = self._resolve(at, value.removeprefix(_REFERENCE))
+                if resolved is not None:
+                    self._destinations(at, resolved)
+            elif isinstance(value, str):
+                self._destinations(at, value)
+        self._node_pairs(self._data, ())
+
+    def _resolve(self, at: Trail, name: str) -> str | None:
+        if name == MASTER_KEY_NAME:
+            return None
+        if not secretfiles.is_reference_name(name) or RESERVED_NAMES.fullmatch(name):
+            self._report(
+                SettingRefused,
+                at,
+                f"{dotted(at)} refers to {name!r}, which cannot be a secret",
+                hint="choose another name",
+            )
+            return None
+        if name in self.secrets:
+            return self.secrets[name]
+        path = secretfiles.find(self._dir, name)
+        if path is None:
+            self._report(
+                UnsetSecret,
+                at,
+                f"{dotted(at)} refers to the secret {name}, for which there is no file",
+                expected=f"{self._dir / name} or {self._dir / name.lower()}",
+                hint="make the file (mode 0400, for the gateway's user) or remove the reference",
+            )
+            return None
+        try:
+            self.secrets[name] = secretfiles.read_value(path)
+        except UnreadableSecret as e:
+            self.problems.append(e)
+            return None
+        return self.secrets[name]
+
+    def _destinations(self, at: Trail, text: str) -> None:
+        found = list(destinations_of_urls(text))
+        key = next((s for s in reversed(at) if isinstance(s, str)), "")
+        if not found and "://" not in text and _DESTINATION_KEY.search(key) and text and text[0] not in "/.":
+            try:
+                found = [parse_host_port(text.partition("/")[0])]
+            except NotADestination:
+                found = [NotADestination("a destination that cannot be read")]
+        for d in found:
+            if isinstance(d, NotADestination):
+                self._outside(at, f"holds a {d}", None)
+            elif not self._allow.allows(d):
+                self._outside(at, f"points to {d}", d)
+
+    def _node_pairs(self, value: Any, at: Trail) -> None:
+        """Check ``[["host", 26379], ...]``, the form of Redis' sentinel nodes."""
+        if isinstance(value, dict):
+            for k, v in value.items():
+                self._node_pairs(v, (*at, str(k)))
+        elif isinstance(value, list):
+            if len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int and 0 < value[1] < 65536:
+                try:
+                    d: Destination | None = parse_host_port(value[0])
+                except NotADestination:
+                    d = None
+                if d is None or not self._allow.allows(Destination(d.host, value[1])):
+                    self._outside(
+                        at, f"points to {value[0]}:{value[1]}" if d else "holds a host that cannot be read", d
+                    )
+            else:
+                for i, v in enumerate(value):
+                    self._node_pairs(v, (*at, i))
+
+    def _outside(self, at: Trail, what: str, destination: Destination | None) -> None:
+        self._report(
+            EndpointRefused,
+            at,
+            f"{dotted(at)} {what}, which is not in the allow-list",
+            expected=str(self._allow),
+            hint=f"add {destination} to MOAT_EGRESS_ALLOW if it is a server of this site, or remove it"
+            if destination
+            else "write the host plainly, or remove it",
+        )
+
+    # --- what would call a public cloud without saying so ---
+
+    def _models(self) -> None:
+        entries = self._data.get("model_list")
+        if not entries:
+            self._report(
+                NoModels,
+                ("model_list",),
+                "names no model",
+                expected="at least one entry in model_list",
+                hint="add a model",
+            )
+            return
+        if not isinstance(entries, list):
+            self._report(BadConfig, ("model_list",), "model_list is not a list", expected="a list of deployments")
+            return
+        credentials = self._credentials()
+        for i, entry in enumerate(entries):
+            at: Trail = ("model_list", i)
+            params = entry.get("litellm_params") if isinstance(entry, dict) else None
+            if (
+                not isinstance(params, dict)
+                or not isinstance(entry.get("model_name"), str)
+                or not isinstance(params.get("model"), str)
+            ):
+                self._report(
+                    BadConfig, at, f"{dotted(at)} is not a deployment", expected="model_name and litellm_params.model"
+                )
+                continue
+            named = credentials.get(params.get("litellm_credential_name"), {})
+            if not any(params.get(b) or named.get(b) for b in _BASES):
+                self._report(
+                    EndpointRefused,
+                    (*at, "litellm_params"),
+                    f"{dotted(at)} ({params['model']}) has no api_base: LiteLLM would call its public servers",
+                    expected="api_base of a server of this site",
+                    hint="add litellm_params.api_base",
+                )
+            info = entry.get("model_info")
+            if isinstance(info, dict) and info.get("custom_tokenizer"):
+                self._report(
+                    EndpointRefused,
+                    (*at, "model_info", "custom_tokenizer"),
+                    f"{dotted(at)} asks for a tokenizer from a public hub",
+                    hint="remove model_info.custom_tokenizer",
+                )
+
+    def _credentials(self) -> dict[Any, dict[str, Any]]:
+        out = {}
+        for entry in self._data.get("credential_list") or []:
+            if isinstance(entry, dict) and isinstance(entry.get("credential_values"), dict):
+                out[entry.get("credential_name")] = entry["credential_values"]
+        return out
+
+    def _services(self) -> None:
+        for section in _NEEDS_BASE:
+            for at, params in _params_of(self._data.get(section), (section,)):
+                if not any(params.get(b) for b in _BASES):
+                    self._report(
+                        EndpointRefused,
+                        at,
+                        f"{dotted(at)} has no api_base: LiteLLM would call a public service",
+                        expected="api_base of a server of this site",
+                        hint="add it, or remove the entry",
+                    )
+        for i, guardrail in enumerate(self._data.get("guardrails") or []):
+            own = (guardrail.get("litellm_params") if isinstance(guardrail, dict) else None) or {}
+            kind = str(own.get("guardrail", ""))
+            if not (kind in _LOCAL_GUARDRAILS or "." in kind or own.get("api_base")):
+                self._report(
+                    EndpointRefused,
+                    ("guardrails", i),
+                    f"guardrails[{i}] ({kind}) has no api_base: LiteLLM would call a public service",
+                    hint="add litellm_params.api_base, or remove it",
+                )
+        servers = self._data.get("mcp_servers")
+        for name, server in servers.items() if isinstance(servers, dict) else ():
+            if isinstance(server, dict) and (server.get("command") or server.get("transport") == "stdio"):
+                self._report(
+                    SettingRefused,
+                    ("mcp_servers", str(name)),
+                    f"mcp_servers.{name} starts a program: it would be outside of the egress check",
+                    hint="run the server by itself and give its url",
+                )
+        cache = self._get(("litellm_settings", "cache_params"))
+        type_ = cache.get("type", "redis") if isinstance(cache, dict) else "local"
+        if type_ not in _CACHE_TYPES or (type_ == "s3" and not cache.get("s3_endpoint_url")):
+            self._report(
+                EndpointRefused,
+                ("litellm_settings", "cache_params"),
+                f"litellm_settings.cache_params of type {type_} would call a public cloud",
+                expected="redis, local, or s3 with s3_endpoint_url",
+                hint="choose another cache",
+            )
+
+    def _callbacks(self) -> None:
+        settings = self._data.get("litellm_settings") or {}
+        for section in _CALLBACK_LISTS:
+            names = settings.get(section) or []
+            for i, name in enumerate(names if isinstance(names, list) else [names]):
+                at: Trail = ("litellm_settings", section, i)
+                if not isinstance(name, str):
+                    self._report(BadConfig, at, f"{dotted(at)} is not a name", expected="the name of a callback")
+                    continue
+                if "." in name:
+                    continue  # an installed Python module; what it connects to is held by the process' own check
+                where = _CALLBACK_NEEDS.get(name)
+                if name not in _LOCAL_CALLBACKS or (where and not self._get(("litellm_settings", *where))):
+                    self._report(
+                        EndpointRefused,
+                        at,
+                        f"{dotted(at)} ({name}) would call its vendor's cloud",
+                        expected=f"litellm_settings.{'.'.join(where)}"
+                        if where
+                        else ", ".join(sorted(_LOCAL_CALLBACKS)),
+                        hint="remove it, or give the site's own endpoint",
+                    )
+
+
+def _leaves(value: Any, at: Trail) -> Iterator[tuple[Trail, Any]]:
+    if isinstance(value, dict):
+        for k, v in value.items():
+            # A key can be a destination too (pass-through maps, headers): it is read like a value.
+            if isinstance(k, str) and "://" in k:
+                yield (*at, k), k
+            yield from _leaves(v, (*at, k if isinstance(k, int) and not isinstance(k, bool) else str(k)))
+    elif isinstance(value, list):
+        for i, v in enumerate(value):
+            yield from _leaves(v, (*at, i))
+    else:
+        yield at, value
+
+
+def _params_of(value: Any, at: Trail) -> Iterator[tuple[Trail, dict[str, Any]]]:
+    entries = value if isinstance(value, list) else [value] if value else []
+    for i, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            params = entry.get("litellm_params")
+            yield ((*at, i) if isinstance(value, list) else at), params if isinstance(params, dict) else entry

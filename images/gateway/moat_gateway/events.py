@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501 - a table whose rows are sentences
+"""The names of all log events and what each means (``docs/reference/log-events.md``; a test compares the two)."""
+
+from __future__ import annotations
+
+EVENTS: dict[str, str] = {
+    "start.begin": "The process has read its settings. Fields: `version`, `litellm`, `instance`, `pid`.",
+    "start.refused": "The gateway does not start. Fields: `kind`, `exit`, `message`; the same line is on stderr.",
+    "start.ready": "Requests are served. Fields: `models` (count), `keys` (count), `seconds` since the start, `address`.",
+    "settings.unknown": "A `MOAT_*` variable is not a setting. Field: `names`.",
+    "environment.ignored": "Inherited variables that would steer LiteLLM past the checked configuration were removed. Field: `names`.",
+    "config.deployments_dropped": "LiteLLM left out deployments that it found invalid. Fields: `expected`, `found`.",
+    "keys.loaded": "A keys file took effect. Fields: `keys`, `teams`, `sha256`.",
+    "keys.refused": "A changed keys file was refused; the one before it still serves. Field: `message`.",
+    "request.finished": "A request ended. Fields: `method`, `path` (no query), `status`, `duration_ms`, `stream`, `key` (its id).",
+    "request.failed": "A request broke off with an exception. Fields: `method`, `path`, `error` (class), `where`.",
+    "egress.denied": "A connection or look-up outside the allow-list was refused. Fields: `operation`, `destination`, `count` since the last such event.",
+    "library.log": "A record of a library's logger. Fields: `logger`, `where`, `error` (class); `message` only before the start is done, since later it may quote a prompt.",
+    "library.print": "A library printed. Field: `text` before the start is done, later only `chars`.",
+    "shutdown.begin": "SIGTERM or SIGINT: readiness says 503. Fields: `signal`, `in_flight`, `active_streams`.",
+    "shutdown.cut": "The shutdown time is over and requests are cut. Field: `in_flight`.",
+    "shutdown.end": "The process ends. Field: `seconds` since the signal.",
+    "admin.reload": "The admin socket was asked to read the keys file again. Field: `ok`.",
+    "defect": "An exception that nothing expected. Fields: `error` (class), `where`.",
+}
+
+
+def markdown() -> str:
+    """Return the reference page."""
+    lines = [
+        "# Log events",
+        "",
+        "JSON lines on stdout. Every line has `ts` (UTC, milliseconds), `level`, `event`, `trace_id`, `span_id`, `request_id`, `team`",
+        "(`null` where there is no request). No line holds a prompt, an answer, a key or a secret. A test compares this page with the code.",
+        "",
+        "| event | meaning |",
+        "|---|---|",
+        *(f"| `{name}` | {text} |" for name, text in EVENTS.items()),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys in force: the last good ``keys.yaml``, read again when the file changes, never replaced by a bad one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from moat_gateway import keys
+from moat_gateway.errors import BadKeys
+from moat_gateway.keys import Identity, KeySet, Verdict
+from moat_gateway.logs import Log
+
+_Stamp = tuple[int, int, int, int]
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    try:
+        s = path.stat()
+    except OSError:
+        return None
+    return s.st_mtime_ns, s.st_ino, s.st_size, s.st_ctime_ns
+
+
+class KeyStore:
+    """Answers who a secret belongs to.
+
+    Args:
+        path: the keys file; it must be good at the start (:meth:`load_first`).
+        master_sha256: hex sha256 of the administrator's key.
+        log: for ``keys.loaded`` and ``keys.refused``.
+        now: the clock, UTC.
+    """
+
+    def __init__(
+        self, path: Path, master_sha256: str, log: Log, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self._path = path
+        self._master = master_sha256
+        self._log = log
+        self._now = now
+        self._seen: _Stamp | None = None
+        self._lock = threading.Lock()  # one reader at a time: the poll and POST /reload
+        self.current = KeySet()
+        self.problem: BadKeys | None = None
+
+    def load_first(self) -> None:
+        """Read the file for the first time.
+
+        Raises:
+            BadKeys: there is no good file to begin with.
+        """
+        self._seen = _stamp(self._path)
+        self.current = keys.read(self._path)
+        self._log_loaded()
+
+    def identify(self, secret: str) -> Identity | Verdict:
+        """Say whose secret this is now."""
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+        if hmac.compare_digest(digest, self._master):
+            return Identity(None, "master", digest, None, ("*",))
+        return self.current.identify(secret, self._now())
+
+    def refresh(self, *, force: bool = False) -> bool:
+        """Read the file if it changed (or always, with ``force``); return whether a good file is in force.
+
+        A bad or vanished file changes nothing but :attr:`problem`. A file that changes while it is read is left
+        for the next look.
+        """
+        with self._lock:
+            before = _stamp(self._path)
+            if before == self._seen and not force:
+                return self.problem is None
+            try:
+                loaded = keys.read(self._path)
+                if _stamp(self._path) != before:
+                    return self.problem is None
+            except BadKeys as e:
+                self._seen = before
+                self.problem = e
+                self._log.event("keys.refused", "error", message=e.one_line())
+                return False
+            self._seen = before
+            self.problem = None
+            changed = loaded.sha256 != self.current.sha256
+            self.current = loaded
+            if changed:
+                self._log_loaded()
+            return True
+
+    async def poll(self, interval: float) -> None:
+        """Look at the file every ``interval`` seconds, for ever; reading happens off the event loop."""
+        while True:
+            await asyncio.sleep(interval)
+            if _stamp(self._path) != self._seen:
+                await asyncio.to_thread(self.refresh)
+
+    def _log_loaded(self) -> None:
+        now = self.current
+        self._log.event("keys.loaded", keys=len(now.keys), teams=len(now.teams), sha256=now.sha256)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Secrets come from files, one value a file; they are read once at the start and never logged.
+
+A reference ``os.environ/NAME`` of the LiteLLM configuration is answered by the file ``NAME`` in the secrets folder,
+or, if there is none, by the file ``name`` in lower case. The inherited environment is never asked: it is visible to
+whoever may inspect the container.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moat_gateway.errors import BadMasterKey, UnreadableSecret
+
+MASTER_KEY_MIN = 32  # characters
+_MAX_BYTES = 64 << 10
+_REFERENCE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+#: Keys of documentation, compose samples and tutorials; compared without case and without the prefix ``sk-``.
+WELL_KNOWN = frozenset(
+    {
+        "1234", "12345", "123456", "12345678", "1234567890", "0000", "test", "test-key", "testing", "changeme",
+        "change-me", "change_me", "default", "secret", "password", "admin", "master", "master-key", "master_key",
+        "litellm", "litellm-key", "litellm-master-key", "litellm_master_key", "your-master-key", "your_master_key",
+        "my-master-key", "key", "none",
+        "local", "demo", "example", "proxy", "replace-me", "replaceme", "xxx", "xxxx",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """The values that the configuration asked for, by the name in its references.
+
+    The values are kept out of ``repr``, so that no traceback or log of the object shows them.
+    """
+
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def is_reference_name(name: str) -> bool:
+    """Say whether a name can be the name of a secret."""
+    return bool(_REFERENCE_NAME.fullmatch(name))
+
+
+def read_value(path: Path) -> str:
+    """Return the one line of a secret file (a newline at its end is not part of the secret).
+
+    Raises:
+        UnreadableSecret: it cannot be read, is empty, too large, not UTF-8, or holds control characters.
+    """
+    try:
+        with path.open("rb") as f:
+            raw = f.read(_MAX_BYTES + 1)
+    except OSError as e:
+        raise UnreadableSecret(
+            "the secret cannot be read",
+            found=e.strerror or str(e),
+            hint="check that the file exists, its owner and its mode (0400 or 0600 for the gateway's user)",
+            path=str(path),
+        ) from e
+    try:
+        value = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        value = "\0"
+    value = value.removesuffix("\n").removesuffix("\r")
+    if not value or len(raw) > _MAX_BYTES or "\0" in value:
+        raise UnreadableSecret(
+            "the secret is empty, too large or not text",
+            found=f"{len(raw)} bytes",
+            expected="one value as UTF-8 text, at most 64 KiB",
+            path=str(path),
+        )
+    return value
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """Return the file that answers ``os.environ/NAME``, or ``None``."""
+    for candidate in (folder / name, folder / name.lower()):
+        # lexists: a dangling link or a folder is a broken secret, not a missing one.
+        if candidate.is_symlink() or candidate.exists():
+            return candidate
+    return None
+
+
+def read_master_key(path: Path) -> str:
+    """Return the administrator's key.
+
+    Raises:
+        BadMasterKey: the file is missing, or the key is well known, too short, or too simple.
+        UnreadableSecret: the file is there and cannot be read.
+    """
+    if not path.exists() and not path.is_symlink():
+        raise BadMasterKey(
+            "there is no master key",
+            found="no such file",
+            expected="a file with one line of at least 32 random characters",
+            hint="make one (for instance `openssl rand -hex 32`), mode 0400, or correct MOAT_MASTER_KEY_FILE",
+            path=str(path),
+        )
+    key = read_value(path)
+    bare = key.strip().lower().removeprefix("sk-")
+    if bare in WELL_KNOWN:
+        raise BadMasterKey(
+            "the master key is a well-known one",
+            expected="at least 32 random characters",
+            hint="make a new one, for instance with `openssl rand -hex 32`",
+            path=str(path),
+        )
+    if len(key) < MASTER_KEY_MIN or any(c.isspace() or not c.isprintable() for c in key):
+        raise BadMasterKey(
+            "the master key is too short or holds blanks",
+            found=f"{len(key)} characters",
+            expected=f"at least {MASTER_KEY_MIN} characters, no blanks",
+            hint="make a new one, for instance with `openssl rand -hex 32`",
+            path=str(path),
+        )
+    if len(set(bare)) < 8:
+        raise BadMasterKey(
+            "the master key is too simple",
+            found=f"{len(set(bare))} different characters",
+            expected="at least 8",
+            hint="make a new one, for instance with `openssl rand -hex 32`",
+            path=str(path),
+        )
+    return key

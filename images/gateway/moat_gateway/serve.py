@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process: start in order, serve on one event loop, end without cutting a stream before its time.
+
+Order of the start: settings, checks (``preflight``), stdout for JSON lines, environment, the egress guard, LiteLLM's
+import, LiteLLM's own start-up, its verification, and only then the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Generator
+from typing import Any
+
+from moat_gateway import __version__, app, litellm_port, preflight
+from moat_gateway.admin import admin_app, open_socket
+from moat_gateway.allowlist import as_address
+from moat_gateway.egress import EgressGuard
+from moat_gateway.errors import CannotListen, GatewayError, LiteLLMRefused
+from moat_gateway.keystore import KeyStore
+from moat_gateway.logs import Log, adopt_loggers, capture_everything, where_of
+from moat_gateway.settings import Settings
+from moat_gateway.stages import ASGIApp, Message, Receive, Scope, Send
+from moat_gateway.status import State
+
+
+def serve(settings: Settings, unknown: tuple[str, ...]) -> int:
+    """Run the gateway until SIGTERM or SIGINT; return its exit code."""
+    begun = time.monotonic() - _age_of_process()
+    stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    log = capture_everything(settings.log_level)
+    try:
+        return _serve(settings, unknown, log, begun)
+    except GatewayError as e:
+        _say_refusal(e, [], log, stderr)
+        return e.exit_code
+    except _Refused as refused:
+        _say_refusal(refused.problems[0], refused.problems[1:], log, stderr)
+        return refused.problems[0].exit_code
+    except Exception as e:
+        log.event("defect", "error", error=type(e).__name__, where=where_of(e))
+        sys.stderr = stderr
+        raise
+    finally:
+        litellm_port.remove_effective(os.environ)
+
+
+class _Refused(Exception):
+    def __init__(self, problems: list[GatewayError]) -> None:
+        super().__init__()
+        self.problems = problems
+
+
+def _say_refusal(first: GatewayError, more: list[GatewayError], log: Log, stderr: object) -> None:
+    for e in [first, *more]:
+        log.event("start.refused", "error", kind=e.kind, exit=e.exit_code, message=e.one_line())
+        print(f"moat-gateway: refused ({e.kind}): {e.one_line()}", file=stderr)  # type: ignore[call-overload]
+
+
+def _serve(settings: Settings, unknown: tuple[str, ...], log: Log, begun: float) -> int:
+    if unknown:
+        log.event("settings.unknown", "warning", names=list(unknown))
+    checked, problems = preflight.check(settings, os.environ)
+    if checked is None:
+        raise _Refused(problems)
+    log.hide([checked.master_key, *checked.config.secrets.values()])
+    log.event(
+        "start.begin",
+        version=__version__,
+        litellm=litellm_port.version(),
+        instance=settings.instance,
+        pid=os.getpid(),
+    )
+    ignored = litellm_port.steering_variables(os.environ)
+    if ignored:
+        log.event("environment.ignored", "warning", names=list(ignored))
+    litellm_port.prepare_environment(os.environ, checked.config, checked.master_key, settings.shutdown_timeout)
+    guard = EgressGuard(
+        settings.allow,
+        lambda operation, destination, count: log.event(
+            "egress.denied", "warning", operation=operation, destination=destination, count=count
+        ),
+    )
+    guard.install()
+    store = KeyStore(settings.keys, checked.master_sha256, log)
+    store.load_first()
+    state = State(settings, checked.config, store, guard)
+    # Both sockets are opened before the long import: a port in use is said at once.
+    admin_socket = open_socket(settings.admin_socket)
+    try:
+        with _public_socket(settings) as public_socket:
+            litellm_app = litellm_port.import_app()
+            adopt_loggers(log)
+            process = _Process(settings, state, log, begun)
+            # A plain asyncio.run: uvloop would open sockets past the egress guard.
+            asyncio.run(process.run(litellm_app, public_socket, admin_socket))
+        return 0
+    finally:
+        admin_socket.close()
+        with contextlib.suppress(OSError):
+            settings.admin_socket.unlink()
+
+
+@contextlib.contextmanager
+def _public_socket(settings: Settings) -> Generator[socket.socket]:
+    address = as_address(settings.host)
+    family = socket.AF_INET6 if address is not None and address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            # Bound, and not listening until LiteLLM is ready: clients are refused, not left waiting.
+            sock.bind((settings.host, settings.port))
+        except OSError as e:
+            raise CannotListen(
+                f"port {settings.port} on {settings.host} cannot be opened",
+                found=e.strerror or str(e),
+                hint="stop what uses it, or set MOAT_PORT",
+            ) from e
+        yield sock
+
+
+class _Process:
+    """The two servers of one event loop, and the way they end."""
+
+    def __init__(self, settings: Settings, state: State, log: Log, begun: float) -> None:
+        self._settings = settings
+        self._state = state
+        self._log = log
+        self._begun = begun
+        self._stop = asyncio.Event()
+        self._signal = ""
+        self._failure: GatewayError | None = None
+
+    async def run(self, litellm_app: ASGIApp, public_socket: socket.socket, admin_socket: socket.socket) -> None:
+        import uvicorn
+
+        loop = asyncio.get_running_loop()
+        if not type(loop).__module__.startswith("asyncio"):
+            raise LiteLLMRefused(
+                "the event loop is not asyncio's own", found=type(loop).__module__, expected="asyncio",
+                hint="remove what sets an event loop policy",
+            )  # fmt: skip
+        loop.set_exception_handler(self._loop_exception)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        composed = app.compose(self._watch_start(litellm_app), self._state, self._log)
+
+        class Server(uvicorn.Server):  # type: ignore[misc]
+            # Signals are handled here, and must not be raised again at the end: that would not be exit code 0.
+            @contextlib.contextmanager
+            def capture_signals(self) -> Generator[None]:
+                yield
+
+            # A failed start ends in sys.exit(), which would tear the event loop down before the reason is known.
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                try:
+                    await super().startup(sockets)
+                except SystemExit:
+                    self.should_exit = True
+
+        common = {
+            "log_config": None,
+            "access_log": False,
+            "server_header": False,
+            "proxy_headers": False,
+            "loop": "asyncio",
+        }
+        public = Server(
+            uvicorn.Config(
+                composed,
+                http="httptools",
+                ws="websockets-sansio",
+                lifespan="on",
+                timeout_keep_alive=int(self._settings.keepalive_timeout),
+                timeout_graceful_shutdown=max(1, int(self._settings.shutdown_timeout)),
+                **common,
+            )
+        )
+        admin = Server(
+            uvicorn.Config(
+                admin_app(self._state, self._log),
+                http="h11",
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=5,
+                **common,
+            )
+        )
+        tasks = [
+            asyncio.create_task(admin.serve([admin_socket])),
+            asyncio.create_task(self._serve_public(public, public_socket)),
+        ]
+        poll = asyncio.create_task(self._state.keys.poll(self._settings.keys_poll))
+        try:
+            await tasks[1]
+        finally:
+            poll.cancel()
+            admin.should_exit = True
+            await asyncio.gather(*tasks, poll, return_exceptions=True)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve_public(self, server: Any, sock: socket.socket) -> None:
+        serving = asyncio.create_task(server.serve([sock]))
+        stopping = asyncio.create_task(self._stop.wait())
+        while not (server.started or serving.done() or stopping.done()):
+            await asyncio.wait({serving, stopping}, timeout=0.02, return_when=asyncio.FIRST_COMPLETED)
+        if server.started:
+            self._ready()
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            asked = time.monotonic()
+            self._log.event(
+                "shutdown.begin",
+                signal=self._signal,
+                in_flight=self._state.counters.in_flight,
+                active_streams=self._state.counters.active_streams,
+            )
+            # Requests are still taken for a moment, so that probes and nginx see the 503 before the port closes.
+            if self._state.loaded:
+                await asyncio.wait({serving}, timeout=self._settings.shutdown_delay)
+            server.should_exit = True
+            cut = asyncio.create_task(self._say_cut())
+            await asyncio.wait({serving})
+            cut.cancel()
+            self._log.event("shutdown.end", seconds=round(time.monotonic() - asked, 1))
+        stopping.cancel()
+        serving.result()
+        if not server.started and not self._stop.is_set() and self._failure is None:
+            self._failure = LiteLLMRefused("LiteLLM did not start", hint="see the library.log events above")
+
+    async def _say_cut(self) -> None:
+        await asyncio.sleep(max(1, int(self._settings.shutdown_timeout)))
+        if self._state.counters.in_flight:
+            self._log.event("shutdown.cut", "warning", in_flight=self._state.counters.in_flight)
+
+    def _on_signal(self, number: int) -> None:
+        self._signal = signal.Signals(number).name
+        self._state.draining = True
+        self._stop.set()
+
+    def _watch_start(self, litellm_app: ASGIApp) -> ASGIApp:
+        """Wrap LiteLLM so that its start-up is verified before the port opens, and its failure has one line."""
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "lifespan":
+                await litellm_app(scope, receive, send)
+                return
+
+            async def check(message: Message) -> None:
+                if message["type"] == "lifespan.startup.complete":
+                    try:
+                        self._loaded()
+                    except GatewayError as e:
+                        self._failure = e
+                        message = {"type": "lifespan.startup.failed", "message": e.message}
+                elif message["type"] == "lifespan.startup.failed":
+                    self._failure = LiteLLMRefused(
+                        "LiteLLM did not accept the configuration",
+                        found=_last_line(str(message.get("message", ""))),
+                        hint="correct config.yaml; the library.log events above say more",
+                        path=str(self._settings.config),
+                    )
+                await send(message)
+
+            await litellm_app(scope, receive, check)
+
+        return watched
+
+    def _loaded(self) -> None:
+        litellm_port.verify()
+        adopt_loggers(self._log)
+        state = self._state
+        state.dropped = max(0, state.config.deployments - litellm_port.deployments())
+        if state.dropped:
+            self._log.event(
+                "config.deployments_dropped",
+                "error",
+                expected=state.config.deployments,
+                found=litellm_port.deployments(),
+            )
+        # From here on a library's message may quote a prompt.
+        self._log.serving = True
+
+    def _ready(self) -> None:
+        state = self._state
+        state.loaded = True
+        state.start_seconds = round(time.monotonic() - self._begun, 2)
+        self._log.event(
+            "start.ready",
+            models=len(litellm_port.models()),
+            keys=len(state.keys.current.keys),
+            seconds=state.start_seconds,
+            address=f"{self._settings.host}:{self._settings.port}",
+        )
+
+    def _loop_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        error = context.get("exception")
+        if isinstance(error, BaseException):
+            self._log.event("defect", "error", error=type(error).__name__, where=where_of(error))
+        else:
+            self._log.event("defect", "error", error="none", where="event loop")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no message"
+
+
+def _age_of_process() -> float:
+    """Return the seconds since this process was started, imports included."""
+    try:
+        with open("/proc/self/stat", encoding="ascii") as f:  # noqa: PTH123
+            ticks = int(f.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime", encoding="ascii") as f:  # noqa: PTH123
+            return max(0.0, float(f.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moat-gateway store``: the bucket of configuration revisions in any S3 store: make it, or see that it is right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moat_gateway import secretfiles
+from moat_gateway.allowlist import NotADestination, parse_host_port
+from moat_gateway.errors import StoreFailed
+from moat_gateway.settings import Settings
+
+_REGION = "us-east-1"  # S3's word for "no region"; MinIO and others take it
+
+
+@dataclass(frozen=True)
+class BucketState:
+    """What was found, and done.
+
+    Attributes:
+        bucket: its name.
+        endpoint: ``host:port``.
+        created: the bucket was made now.
+        versioning_enabled: versioning was turned on now.
+    """
+
+    bucket: str
+    endpoint: str
+    created: bool
+    versioning_enabled: bool
+
+
+def endpoint_url(text: str) -> str:
+    """Return the URL of an endpoint given as ``HOST:PORT`` or with a scheme.
+
+    Raises:
+        StoreFailed: it is neither.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "http", text
+    try:
+        if scheme not in ("http", "https"):
+            raise NotADestination(text)
+        return f"{scheme}://{parse_host_port(rest.rstrip('/'))}"
+    except NotADestination:
+        raise StoreFailed(
+            "the store's endpoint cannot be used",
+            found=repr(text),
+            expected="HOST:PORT",
+            hint="set MOAT_STORE_ENDPOINT or give --endpoint",
+        ) from None
+
+
+def init(settings: Settings, sleep: Callable[[float], None] = time.sleep) -> BucketState:
+    """Make the bucket if it is missing and turn versioning on; running it again changes nothing.
+
+    Raises:
+        StoreFailed: the store does not answer within ``store_timeout`` seconds, or refuses.
+        UnreadableSecret: a key file cannot be read.
+    """
+    client = _client(settings)
+    bucket = settings.store_bucket
+    deadline = time.monotonic() + settings.store_timeout
+    there = _wait(lambda: _exists(client, bucket), settings, deadline, sleep)
+    if not there:
+        _call(
+            settings,
+            "make the bucket",
+            lambda: client.create_bucket(Bucket=bucket),
+            ignore=("BucketAlreadyOwnedByYou",),
+        )
+    enabled = _versioning(settings, client) == "Enabled"
+    if not enabled:
+        _call(
+            settings,
+            "turn versioning on",
+            lambda: client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}),
+        )
+        if _versioning(settings, client) != "Enabled":
+            raise StoreFailed(f"the bucket {bucket} keeps no versions", expected="a store with bucket versioning")
+    return BucketState(bucket, settings.store_endpoint, not there, not enabled)
+
+
+def check(settings: Settings) -> BucketState:
+    """See that the bucket is there and keeps versions; change nothing.
+
+    Raises:
+        StoreFailed: it does not, or the store does not answer.
+        UnreadableSecret: a key file cannot be read.
+    """
+    client = _client(settings)
+    if not _call(settings, "look for the bucket", lambda: _exists(client, settings.store_bucket)):
+        raise StoreFailed(f"there is no bucket {settings.store_bucket}", hint="run `moat-gateway store init`")
+    found = _versioning(settings, client)
+    if found != "Enabled":
+        raise StoreFailed(
+            f"the bucket {settings.store_bucket} keeps no versions",
+            found=found or "off",
+            expected="Enabled",
+            hint="run `moat-gateway store init`",
+        )
+    return BucketState(settings.store_bucket, settings.store_endpoint, False, False)
+
+
+def _client(settings: Settings) -> Any:
+    url = endpoint_url(settings.store_endpoint)
+    access = secretfiles.read_value(settings.store_access_key_file)
+    secret = secretfiles.read_value(settings.store_secret_key_file)
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as e:
+        raise StoreFailed("boto3 is not installed", found=str(e), hint="install the bundle's wheels") from e
+    config = Config(
+        connect_timeout=5,
+        read_timeout=10,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        s3={"addressing_style": "path"},
+        proxies={},
+    )
+    ca: bool | str = str(Path(settings.store_ca_file)) if settings.store_ca_file else True
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=url,
+        region_name=_REGION,
+        aws_access_key_id=access,
+        aws_secret_access_key=secret,
+        config=config,
+        verify=ca,
+    )
+
+
+def _exists(client: Any, bucket: str) -> bool:
+    from botocore.exceptions import ClientError
+
+    try:
+        client.head_bucket(Bucket=bucket)
+    except ClientError as e:
+        if e.response["ResponseMetadata"].get("HTTPStatusCode") == 404:
+            return False
+        raise
+    return True
+
+
+def _versioning(settings: Settings, client: Any) -> str | None:
+    answer = _call(settings, "read versioning", lambda: client.get_bucket_versioning(Bucket=settings.store_bucket))
+    status = answer.get("Status")
+    return str(status) if status else None
+
+
+def _wait(step: Callable[[], bool], settings: Settings, deadline: float, sleep: Callable[[float], None]) -> bool:
+    """Run a step until the store answers; a refusal of the credentials is not waited for."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    pause = 0.2
+    while True:
+        try:
+            return step()
+        except ClientError as e:
+            # 5xx: the store is there and still starting.
+            if e.response["ResponseMetadata"].get("HTTPStatusCode", 0) < 500 or time.monotonic() > deadline:
+                raise _failed(settings, "look for the bucket", e) from e
+        except BotoCoreError as e:
+            if time.monotonic() > deadline:
+                raise _failed(settings, "reach the store", e) from e
+        sleep(pause)
+        pause = min(2.0, pause * 1.5)
+
+
+def _call(settings: Settings, what: str, step: Callable[[], Any], ignore: tuple[str, ...] = ()) -> Any:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return step()
+    except ClientError as e:
+        if e.response.get("Error", {}).get("Code") in ignore:
+            return None
+        raise _failed(settings, what, e) from e
+    except BotoCoreError as e:
+        raise _failed(settings, what, e) from e
+
+
+def _failed(settings: Settings, what: str, e: Exception) -> StoreFailed:
+    # The answer's code and status say enough; its message may repeat the access key.
+    answer = getattr(e, "response", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        found = f"HTTP {status} {answer.get('Error', {}).get('Code', '')}".strip()
+        hint = "check the two key files" if status in (401, 403) else "see the store's log"
+    else:
+        found, hint = type(e).__name__, "start the store, or correct MOAT_STORE_ENDPOINT"
+    return StoreFailed(
+        f"cannot {what} at {settings.store_endpoint}",
+        found=found,
+        expected=f"bucket {settings.store_bucket}",
+        hint=hint,
+    )
