@@ -239,7 +239,7 @@ class AptRoot:
                     wanted[name, version, decoded.removeprefix(base + "/")] = security
                     break
             else:
-                raise LockFailed(f"apt names a place outside the mirrors for {name}", found=uri)
+                raise LockFailed(f"apt names a place outside the mirrors for {name}", found=local_name)
         arguments = [f"{name}={version}" for name, version, _ in wanted]
         for s in stanzas(self._run("apt-cache", "show", *arguments, what="reading the indexes' entries")):
             key = (s["package"], s["version"], s.get("filename", ""))

@@ -7,6 +7,7 @@ own too (``HF_TOKEN`` or its token file): neither is read or kept here.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -24,7 +25,10 @@ from moat.errors import FetchFailed
 def _download(repo: str, revision: str, file: str, folder: Path) -> Path:
     try:
         # local_dir: a plain copy below our folder, no links into a cache of the library's own.
-        return Path(hf_hub_download(repo_id=repo, filename=file, revision=revision, local_dir=folder))
+        endpoint = os.environ.get("HF_ENDPOINT")  # the library reads it at import alone
+        return Path(
+            hf_hub_download(repo_id=repo, filename=file, revision=revision, local_dir=folder, endpoint=endpoint)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise FetchFailed(
             f"{file} of {repo} could not be downloaded from the hub",

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--only", choices=KINDS, help="resolve this kind of input alone")
     parser.add_argument(
+        "--upgrade", action="store_true", help="wheels: take the newest that the rules allow (default: keep what fits)"
+    )
+    parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 32 if the committed locks would change"
     )
 
@@ -47,6 +50,7 @@ class Context:
         console: for the person who watches.
         client: HTTP.
         now: the moment of the lock.
+        upgrade: do not prefer the wheels that are locked now.
     """
 
     components: Components
@@ -55,6 +59,7 @@ class Context:
     console: Console
     client: httpx.Client
     now: datetime
+    upgrade: bool = False
 
     def download(self, downloads: list[Download], label: str, client: httpx.Client | None = None) -> None:
         """Have files in the cache.
@@ -79,12 +84,17 @@ def lock_wheels(context: Context) -> list[LockedFile]:
     url = python_index()
     index = wheels.Index(url, context.client)
     chosen: list[wheels.Choice] = []
+    path = locks_dir() / "wheels.jsonl"
+    old = read_lock(path) if path.is_file() and not context.upgrade else []
     for s in context.components.wheels:
         # Where the index tells upload times the resolver takes the newest releases that are old enough; the rule is
         # checked again on what it took.
         told = any(f.uploaded for f in index.files(Requirement(s.requirements[0]).name))
         before = context.policy.newest_allowed(context.now) if told else {}
-        pinned = wheels.compile_requirements(s, url, context.cache.root / "uv", context.console, before=before)
+        kept = [e for e in old if set(s.uses) & set(e.uses)]
+        pinned = wheels.compile_requirements(
+            s, url, context.cache.root / "uv", context.console, before=before, prefer=kept
+        )
         choices = wheels.choose(pinned, s.uses, index, context.policy)
         context.console.info(f"{s.name}: {len(pinned)} packages, {len(choices)} wheels")
         chosen += choices
@@ -137,6 +147,10 @@ def lock_go(context: Context) -> list[LockedFile]:
             for e in read_lock(locks_dir() / debs_lock_name(target))
             if "builder" in e.uses and e.name.startswith(program.toolchain.removesuffix("-go"))
         ]
+        mirrors = debian_mirrors()
+        with http_client(proxy=apt_proxy("http")) as client:
+            places = [Download(e.filename, e.sha256, e.size, debian.urls(e, mirrors)) for e in toolchain]
+            context.download(places, "Go toolchain", client)
         found = gomodules.resolve(program, toolchain, context.cache, context.console)
         for e in found:
             context.policy.check_denied(e.kind, e.name, e.version, e.filename)

@@ -112,7 +112,7 @@ def debian_mirrors(etc: Path = Path("/etc/apt")) -> DebianMirrors:
     if not main or not security:
         raise LockFailed(
             "no Debian mirror is known",
-            found=f"main: {main or 'none'}; security: {security or 'none'}",
+            found=f"main: {'known' if main else 'none'}; security: {'known' if security else 'none'}",
             expected="a Debian source in this host's apt configuration",
             hint="set MOAT_DEBIAN_MIRROR and MOAT_DEBIAN_SECURITY_MIRROR to folders that hold dists/ and pool/",
         )
@@ -203,9 +203,7 @@ def go_proxies(goroot: Path | None = None) -> list[str]:
             value = found[1] if found else ""
     proxies = [p.rstrip("/") for p in re.split(r"[,|]", value) if p not in ("", "direct", "off")]
     if not proxies:
-        raise FetchFailed(
-            "no Go module proxy is known", found=value or "nothing", hint="set GOPROXY to the proxy's address"
-        )
+        raise FetchFailed("no Go module proxy is known", hint="set GOPROXY to the proxy's address")
     return proxies
 
 

@@ -146,13 +146,14 @@ class Index:
         page = f"{self._url}/{canonicalize_name(name)}/"
         try:
             response = self._client.get(page, headers={"Accept": _JSON})
-            response.raise_for_status()
+            if response.status_code != 200:
+                raise ValueError(f"HTTP {response.status_code}")
             body: Any = response.json()
             return [_index_file(raw, str(response.url)) for raw in body["files"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
             raise LockFailed(
                 f"the package index gives no usable list of {name}",
-                found=f"{type(e).__name__}: {e}",
+                found=f"{type(e).__name__}: {e}",  # never the address: it may carry a password
                 expected="the simple API in JSON (PEP 691)",
                 hint="check the network and pip's index-url",
             ) from e
@@ -171,7 +172,13 @@ def _index_file(raw: Mapping[str, Any], page: str) -> IndexFile:
 
 
 def compile_requirements(
-    wheel_set: WheelSet, index_url: str, uv_cache: Path, console: Console, *, before: Mapping[str, datetime]
+    wheel_set: WheelSet,
+    index_url: str,
+    uv_cache: Path,
+    console: Console,
+    *,
+    before: Mapping[str, datetime],
+    prefer: Iterable[LockedFile] = (),
 ) -> list[Pinned]:
     """Resolve one set with uv, for every target Python at once.
 
@@ -182,6 +189,7 @@ def compile_requirements(
         console: for steps.
         before: uploads after this moment do not exist for the resolver: ``""`` for all packages, a name for one.
             Empty where the index tells no upload times (uv would then see no file at all).
+        prefer: what is locked now; it stays where it still fits, so that a diff shows only what somebody asked for.
 
     Raises:
         LockFailed: it does not resolve.
@@ -191,18 +199,22 @@ def compile_requirements(
         requirements, overrides = Path(scratch) / "requirements.in", Path(scratch) / "overrides.txt"
         requirements.write_text("\n".join(wheel_set.requirements) + "\n", "utf-8")
         overrides.write_text("\n".join(wheel_set.overrides) + "\n", "utf-8")
+        output = Path(scratch) / "requirements.txt"
+        kept = sorted({f"{e.name}=={e.version}" + (f" ; {e.marker}" if e.marker else "") for e in prefer})
+        output.write_text("".join(line + "\n" for line in kept), "utf-8")
         argv = [uv_program(), "pip", "compile", "--universal", "--python-version", lowest, "--generate-hashes"]
         argv += ["--only-binary", ":all:", "--no-header", "--no-annotate", "--quiet", "--no-config"]
         for name, moment in sorted(before.items()):
             option, prefix = ("--exclude-newer-package", f"{name}=") if name else ("--exclude-newer", "")
             argv += [option, f"{prefix}{moment.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"]
-        argv += ["--override", str(overrides), *(["--no-deps"] if wheel_set.no_deps else []), str(requirements)]
+        argv += ["--override", str(overrides), *(["--no-deps"] if wheel_set.no_deps else [])]
+        argv += ["--output-file", str(output), str(requirements)]
         # By environment, since the address may carry a password; further indexes and folders of this machine would let
         # a package of the same name from elsewhere win, so they do not count.
         unwanted = ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_INDEX_URL", "UV_CONSTRAINT", "UV_OVERRIDE")
         env = {k: v for k, v in os.environ.items() if k not in unwanted}
         env |= {"UV_DEFAULT_INDEX": index_url, "UV_CACHE_DIR": str(uv_cache), "UV_SYSTEM_CERTS": "1"}
-        text = console.run(
+        console.run(
             argv,
             error=LockFailed,
             what=f"resolving the wheels of {wheel_set.name}",
@@ -210,7 +222,7 @@ def compile_requirements(
             env=env,
             show=False,
         )
-    return parse_compiled(text)
+        return parse_compiled(output.read_text("utf-8"))
 
 
 def parse_compiled(text: str) -> list[Pinned]:
