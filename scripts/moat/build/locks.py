@@ -71,12 +71,13 @@ def read_lock(path: Path) -> list[LockedFile]:
     names = {f.name for f in fields(LockedFile)}
     entries: list[LockedFile] = []
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as e:
+        # Not splitlines(): JSON leaves characters such as U+2028 as they are, and they end no line here.
+        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
         raise LockFailed(
             f"cannot read the lock {path.name}", found=str(e), hint="make it with `moat lock`", path=str(path)
         ) from e
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             raw = json.loads(line)
             if set(raw) != names:
