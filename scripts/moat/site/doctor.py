@@ -37,7 +37,7 @@ HELP = "check that this host can run a bundle: versions, ports, disk space, cloc
 
 DEFAULT_DEPLOY_DIR: Final = Path("/opt/moat")
 #: What the deployment folder takes of a bundle; all else stays on the medium or goes into the engine.
-_DEPLOYED: Final = ("compose/", "models/", "tokenizers/")
+_DEPLOYED: Final = ("compose/", "moat.pyz")
 _MIB: Final = 1024 * 1024
 
 
