@@ -106,6 +106,7 @@ class Downloader:
             FetchFailed: a place could not be reached, or went on failing.
             HashMismatch: a place served other bytes.
         """
+        self._stop.clear()
         by_hash = {d.sha256: d for d in downloads}
         wanted = [d for d in by_hash.values() if not self._cache.has(d.sha256)]
         if not wanted:
