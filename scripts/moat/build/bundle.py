@@ -31,6 +31,7 @@ from moat.build.components import (
 )
 from moat.build.golang import minio_entry
 from moat.build.images import Image, Workshop
+from moat.build.layers import Tree
 from moat.build.locks import ROOT, LockedFile
 from moat.build.pyz import build_pyz
 from moat.build.readme import readme_text
@@ -324,7 +325,7 @@ def prove_tokenizers(workshop: Workshop, folder: Path) -> str:
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             root = Path(scratch) / "root"
             shutil.copytree(workshop.root("image:gateway"), root, symlinks=True)
-            tree = pywheels.Tree()
+            tree = Tree()
             for e in entries:
                 pywheels.unpack(
                     workshop.cache.require(e), e.name, root / "proof", "proof", tree, dropped=["*.data/scripts"]

@@ -154,9 +154,9 @@ def notices(components: Iterable[Component]) -> str:
     lines = [
         "THIRD-PARTY NOTICES",
         "",
-        "Every component of this bundle, its version, its licence (SPDX, where upstream states one) and the numbers of its",
-        "licence texts below. Debian's copyright files refer to full texts in /usr/share/common-licenses, which every",
-        "Debian host has.",
+        "Every component of this bundle, its version, its licence (SPDX, where upstream states one) and the numbers of",
+        "its licence texts below. Debian's copyright files refer to full texts in /usr/share/common-licenses, which",
+        "every Debian host has.",
         "",
     ]
     for c in unique:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,7 @@ class Workshop:
         self.console = console
         self.epoch = locks.locked_at
         self._controls: dict[str, Deb] = {}
+        self._made: dict[str, Path] = {}
 
     # --- inputs ---
 
@@ -89,6 +90,12 @@ class Workshop:
 
     # --- built things ---
 
+    def _once(self, key: str, title: str, make: Callable[[Path], None], needs: Sequence[str] = ()) -> Path:
+        """Return a built thing, looked for once a build: a second use is not worth a line of output."""
+        if key not in self._made:
+            self._made[key] = made(self.cache, key, title, self.console, make, needs=needs)
+        return self._made[key]
+
     def root(self, use: str) -> Path:
         """Return the root file system of an image's packages (never written to)."""
         debs = self.debs(use)
@@ -100,7 +107,7 @@ class Workshop:
                 folder / "root", debs, suite=target.suite, arch=target.arch, epoch=self.epoch, console=self.console
             )
 
-        return made(self.cache, key, f"unpack {len(debs)} packages for {use}", self.console, make) / "root"
+        return self._once(key, f"unpack {len(debs)} packages for {use}", make) / "root"
 
     @cached_property
     def _toolchain_key(self) -> str:
@@ -115,7 +122,7 @@ class Workshop:
         def make(folder: Path) -> None:
             golang.unpack_toolchain(debs, folder)
 
-        return made(self.cache, self._toolchain_key, "unpack the Go toolchain", self.console, make) / golang.GOROOT
+        return self._once(self._toolchain_key, "unpack the Go toolchain", make) / golang.GOROOT
 
     def program_key(self, name: str) -> str:
         """Return the key of a compiled program: everything that goes into it."""
@@ -141,7 +148,7 @@ class Workshop:
                 raise BuildFailed(f"{name} is not static", hint="it needs CGO_ENABLED=0")
             (folder / "modules.json").write_text(json.dumps(modules) + "\n", "utf-8")
 
-        folder = made(self.cache, self.program_key(name), f"compile {name}", self.console, make)
+        folder = self._once(self.program_key(name), f"compile {name}", make)
         modules = tuple((str(a), str(b)) for a, b in json.loads((folder / "modules.json").read_text("utf-8")))
         if name == "minio":
             entry = golang.minio_entry(self.locks.go)
@@ -155,9 +162,7 @@ class Workshop:
         def make(out: Path) -> None:
             pywheels.build_wheel(ROOT / folder, out, epoch=self.epoch, console=self.console)
 
-        return next(
-            iter(sorted(made(self.cache, key, f"build the wheel of {folder}", self.console, make).glob("*.whl")))
-        )
+        return next(iter(sorted(self._once(key, f"build the wheel of {folder}", make).glob("*.whl"))))
 
     # --- layers ---
 
@@ -235,9 +240,9 @@ class Workshop:
         for p in layer.programs:
             tree.add(Node(p.to, 0o755, f"program:{p.name}", source=self.program(p.name).path))
         for m in layer.members:
-            place = scratch / "members" / m.to
-            extract_member(self.cache.require(self.locked(m.file)), m.member, place)
-            tree.add(Node(m.to, 0o644, f"file:{m.file}", source=place))
+            extracted = scratch / "members" / m.to
+            extract_member(self.cache.require(self.locked(m.file)), m.member, extracted)
+            tree.add(Node(m.to, 0o644, f"file:{m.file}", source=extracted))
         for o in layer.overlays:
             tree.add(self._overlay(recipe, o, use), replace=True)
         return tree

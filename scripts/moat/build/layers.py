@@ -196,10 +196,10 @@ def write_layer(name: str, tree: Tree, folder: Path, *, source_date_epoch: int) 
     unpacked = 0
     with blob.open("wb") as out:
         sink = _GzipDigest(out)
-        with tarfile.open(fileobj=io.BufferedWriter(sink, 1 << 20), mode="w|", format=tarfile.GNU_FORMAT) as tar:
+        stream = io.BufferedWriter(sink, 1 << 20)
+        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as tar:
             for node in tree:
                 unpacked += add_to_tar(tar, node, source_date_epoch)
-            stream = cast("io.BufferedWriter", tar.fileobj.fileobj)  # type: ignore[union-attr]
         stream.flush()
         sink.finish()
     layer = Layer(name, f"sha256:{sink.blob.hexdigest()}", f"sha256:{sink.diff.hexdigest()}", sink.size, unpacked, blob)

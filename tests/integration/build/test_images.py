@@ -111,8 +111,8 @@ def wheel_listing(path: Path) -> dict[str, str]:
         record = next(n for n in z.namelist() if n.endswith(".dist-info/RECORD"))
         rows = csv.reader(io.StringIO(z.read(record).decode()))
     listed = {}
-    for name, digest, *_ in rows:
-        digest = digest.removeprefix("sha256=")
+    for name, field, *_ in rows:
+        digest = field.removeprefix("sha256=")
         place = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", name)
         listed[place] = base64.urlsafe_b64decode(digest + "=" * (-len(digest) % 4)).hex()
     return listed

@@ -28,7 +28,8 @@ def test_layers_are_ordered_by_how_often_they_change() -> None:
 def test_every_overlay_and_every_drop_says_why() -> None:
     for recipe in read_recipes("demo"):
         for part in recipe.layers:
-            assert all(len(x.why) > 10 for x in (*part.overlays, *part.drop)), recipe.name
+            assert all(len(o.why) > 10 for o in part.overlays), recipe.name
+            assert all(len(d.why) > 10 for d in part.drop), recipe.name
 
 
 def minimal() -> dict[str, object]:

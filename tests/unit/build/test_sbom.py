@@ -13,12 +13,13 @@ from cyclonedx.validation.json import JsonStrictValidator
 from moat.build.components import Component, license_field, notices, purl
 from moat.build.sbom import document
 
+ZLIB = purl("deb", "debian/zlib1g", "1:1.3.1-1+b1", {"arch": "amd64"})
 PARTS = [
-    Component("deb", "zlib1g", "1:1.3.1-1+b1", "Zlib", purl("deb", "debian/zlib1g", "1:1.3.1-1+b1", {"arch": "amd64"}), "a" * 64),
+    Component("deb", "zlib1g", "1:1.3.1-1+b1", "Zlib", ZLIB, "a" * 64),
     Component("wheel", "regex", "2026.1", "Apache-2.0 AND CNRI-Python", purl("pypi", "regex", "2026.1"), "b" * 64),
     Component("go-module", "std", "1.24.4", "BSD-3-Clause", purl("golang", "std", "1.24.4"), ""),
     Component("model", "weights", "1", "NOASSERTION", purl("pypi", "weights", "1"), "c" * 64),
-]  # fmt: skip
+]
 
 
 def make(parts: list[Component], epoch: int = 1_700_000_000) -> bytes:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that the same locks give the same bundle, byte for byte.
+
+The second build starts from an empty cache of built things, in another folder, with another umask, time zone, locale
+and home. Only the downloads are shared, and MinIO's program, whose second compilation takes minutes: it is part of this
+with ``MOAT_TEST_FULL=1``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+from tests.integration.build.building import ROOT, moat_build
+
+from moat.build.cache import Cache
+
+PARTS = ("scripts", "images", "bundles", "compose", "docs", "LICENSE", "pyproject.toml")
+FULL = os.environ.get("MOAT_TEST_FULL") == "1"
+
+
+def copy_checkout(source: Path, target: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__", ".*_cache")
+    for name in PARTS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=ignore)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+    return target
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_two_builds_are_identical(tmp_path: Path, cache: Cache) -> None:
+    one = copy_checkout(ROOT, tmp_path / "one")
+    other = copy_checkout(one, tmp_path / "a-longer-name" / "two")
+    (tmp_path / "out-one").mkdir()
+    first = moat_build(tmp_path / "out-one", checkout=one)
+
+    fresh = tmp_path / "cache"
+    (fresh / "built").mkdir(parents=True)
+    (fresh / "files").symlink_to(cache.root / "files")
+    if (cache.root / "locks").exists():
+        (fresh / "locks").symlink_to(cache.root / "locks")
+    shared = [] if FULL else [p for p in (cache.root / "built").glob("program-minio-*") if ".tmp." not in p.name]
+    for program in shared:
+        (fresh / "built" / program.name).symlink_to(program)
+    (tmp_path / "out-two").mkdir()
+    (tmp_path / "home").mkdir()
+    env = {"MOAT_CACHE": str(fresh), "TZ": "Asia/Kolkata", "LC_ALL": "C", "HOME": str(tmp_path / "home")}
+    old = os.umask(0o077)
+    try:
+        second = moat_build(tmp_path / "out-two", checkout=other, env=env)
+    finally:
+        os.umask(old)
+
+    made = [p.name for p in (fresh / "built").iterdir() if not p.is_symlink()]
+    assert any(n.startswith("layer-gateway-wheels-") for n in made), "the second build took layers from the first"
+    a, b = digests(first), digests(second)
+    assert sorted(a) == sorted(b)
+    assert [p for p in a if a[p] != b[p]] == []
+    assert len(a) > 100
+    # One file with two names in one place could change behind the manifest's back.
+    assert {p.stat().st_nlink for p in second.rglob("*") if p.is_file()} == {1}
+    assert not [p for p in second.rglob("*") if p.is_symlink()]
+
+
+def test_a_changed_line_of_the_gateway_changes_one_small_layer(tmp_path: Path) -> None:
+    checkout = copy_checkout(ROOT, tmp_path / "checkout")
+    (tmp_path / "out").mkdir()
+    before = moat_build(tmp_path / "out", checkout=checkout)
+    old = blobs(before)
+    references = {i["name"]: i["id"] for i in json.loads((before / "manifest.json").read_text("utf-8"))["images"]}
+    source = checkout / "images/gateway/moat_gateway/__init__.py"
+    source.write_text(source.read_text("utf-8") + "\n#: A change.\nCHANGED = True\n", "utf-8")
+    after = moat_build(tmp_path / "out", checkout=checkout)
+    new = {d: size for d, size in blobs(after).items() if d not in old}
+    changed = {
+        i["name"]
+        for i in json.loads((after / "manifest.json").read_text("utf-8"))["images"]
+        if references[i["name"]] != i["id"]
+    }
+    assert changed == {"gateway"}
+    # The code's layer, the image's configuration and its manifest.
+    assert len(new) == 3
+    assert sum(new.values()) < 500_000, new
+
+
+def blobs(bundle: Path) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for archive in sorted((bundle / "images").glob("*.tar")):
+        with tarfile.open(archive) as tar:
+            found.update({m.name: m.size for m in tar if m.name.startswith("blobs/") and m.isfile()})
+    return found
