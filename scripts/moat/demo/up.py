@@ -90,7 +90,8 @@ def _trust() -> list[str]:
 def _install(steps: Steps, pyz: list[str], https_port: int, http_port: int) -> None:
     ports = ["--https-port", str(https_port), "--http-port", str(http_port)]
     with steps.step("doctor: is this host ready?", _FILTER):
-        steps.watch([*pyz, "doctor", *_trust(), *ports, "--dir", str(DEPLOY)], what="doctor")
+        trust = [str(BUNDLE), "--key", str(KEYS / "moat.pub")]
+        steps.watch([*pyz, "doctor", *trust, *ports, "--dir", str(DEPLOY)], what="doctor")
     with steps.step("load the images", "cut"):
         steps.watch([*CUT, *pyz, "load", *_trust()], what="load the images")
     with steps.step("prepare the deployment folder", "cut"):
@@ -109,16 +110,15 @@ def compose(*words: str) -> list[str]:
 def _start(steps: Steps) -> None:
     with steps.step("start the services and wait until all are healthy", "cut"):
         steps.watch(
-            compose("up", "--detach", "--wait", "--wait-timeout", "300", "--pull", "never", "--remove-orphans"),
+            compose("--progress", "quiet", "up", "--detach", "--wait", "--wait-timeout", "300", "--pull", "never"),
             what="start the services",
         )
-        steps.console.info(
-            steps.ask(
-                compose("ps", "--all", "--format", "table {{.Service}}\t{{.State}}\t{{.Health}}"),
-                what="list the services",
-                show=False,
-            ).rstrip()
+        listing = steps.ask(
+            compose("ps", "--all", "--format", "{{.Service}}\t{{.State}}\t{{.Health}}"), what="list", show=False
         )
+        for line in listing.splitlines():
+            service, state, health = line.split("\t")
+            steps.console.info(f"{service:<12} {health or state}")
 
 
 def make_client_key(steps: Steps) -> None:
