@@ -107,6 +107,10 @@ def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     )
 
 
+def _short(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
 def _text(manifest: Manifest, key: PublicKey | None) -> str:
     total = sum(f.size for f in manifest.files)
     kinds = [("kind", "files", "size")]
@@ -116,10 +120,13 @@ def _text(manifest: Manifest, key: PublicKey | None) -> str:
     images += [(i.name, i.reference, human_bytes(i.unpacked), i.id[7:19]) for i in manifest.images]
     largest = [("component", "version", "licence", "size")]
     components = _components(manifest.files).most_common()
-    largest += [(name, version, licence, human_bytes(size)) for (_, name, version, licence), size in components[:20]]
+    largest += [
+        (_short(name), _short(version), _short(licence), human_bytes(size))
+        for (_, name, version, licence), size in components[:20]
+    ]
     more = f"\n... and {len(components) - 20} smaller ones (--json shows all)" if len(components) > 20 else ""
     licences = [("licence", "files")]
-    licences += [(name, str(n)) for name, n in Counter(f.license for f in manifest.files).most_common()]
+    licences += [(_short(name, 90), str(n)) for name, n in Counter(f.license for f in manifest.files).most_common()]
     who = f"signature: valid, key {key.to_string()}" if key else "signature: NOT CHECKED (no trusted key made it)"
     parts = [
         f"{manifest.bundle.name}\n{who}\nfiles: not read; `moat verify` reads them all",
