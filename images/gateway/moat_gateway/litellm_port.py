@@ -181,15 +181,20 @@ def _auth_object(who: Identity) -> Any:
     return UserAPIKeyAuth(
         api_key=who.sha256,
         key_alias=who.key,
-        models=list(who.models),
+        models=_in_litellms_words(who.models),
         team_id=team.id,
         team_alias=team.id,
-        team_models=list(team.models),
+        team_models=_in_litellms_words(team.models),
         team_rpm_limit=team.rpm,
         team_tpm_limit=team.tpm,
         expires=who.not_after.isoformat() if who.not_after is not None else None,
         user_role=LitellmUserRoles.INTERNAL_USER,
     )
+
+
+def _in_litellms_words(models: tuple[str, ...]) -> list[str]:
+    """Return a models list for LiteLLM, which lets "*" use every model but lists none of them under `/v1/models`."""
+    return ["all-proxy-models"] if models == ("*",) else list(models)
 
 
 def models() -> tuple[str, ...]:
