@@ -115,3 +115,18 @@ def test_the_commands_alone_find_what_they_claim_to_find(tmp_path: Path) -> None
     script = "\n".join(commands).replace("/tmp/", f"{tmp_path}/")
     done = subprocess.run(["bash", "-c", script], cwd=made.path, capture_output=True, text=True)
     assert sorted(done.stdout.splitlines()[1:]) == ["./README.txt", "./link", "evil", "link"]
+
+
+def test_the_doctors_page_names_every_check(tmp_path: Path) -> None:
+    """The table of checks, and the sample output, hold the names that doctor really yields."""
+    from moat.site.doctor import examine
+    from moat.site.engine import Engine
+
+    ports = {"--https-port": 8443, "--http-port": 8080}
+    yielded = {c.name.split(" /")[0] for c in examine(None, Engine(("/nonexistent/docker",)), tmp_path, ports)}
+    page = (ROOT / "docs" / "doctor-plan-load.md").read_text("utf-8")
+    sample = {re.split(r" {2,}| /", line)[1] for line in page.splitlines() if re.match(r"(ok|NOT OK)  ", line)}
+    assert sample == yielded
+    section = page.partition("## Doctor")[2].partition("## Plan")[0]
+    table = {m for m in re.findall(r"^\| ([a-z ]+) \| [a-zA-Z0-9`].* \| .* \|$", section, re.MULTILINE) if m != "check"}
+    assert table == {name if not name.startswith("port ") else "port" for name in yielded}
