@@ -232,7 +232,8 @@ class Downloader:
                     f.truncate(0)
                     count(-start)
                 done = start if continued else 0
-                for block in response.iter_bytes(_BLOCK):
+                # As it arrives: what a larger buffer held would be lost when the connection is cut.
+                for block in response.iter_bytes():
                     done += len(block)
                     if done > size:
                         f.truncate(0)
