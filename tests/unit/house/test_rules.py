@@ -23,7 +23,7 @@ TOP_LEVEL = {
 
 #: URLs that do run at a site because the format asks for a URL: they name the site's own containers, nothing outside.
 NAMED_URLS = re.compile(
-    r"https?://(model|minio|gateway-\d|nginx|localhost|127\.0\.0\.1|moat_\w+|\$\w+)(?=[:/\s\"'$]|$)"
+    r"https?://(model|minio|gateway-\d|nginx|localhost|127\.0\.0\.1|moat_\w+|\$\w+)(?=[:/;\s\"'$]|$)"
 )
 URL = re.compile(r"https?://[^\s\"'`<>]+")
 
