@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where downloads come from is the host's own configuration: apt's sources in both forms, pip's files, Go's settings."""
+"""Where downloads come from is the host's own configuration: apt's sources (both forms), pip's, Go's."""
 
 from __future__ import annotations
 
