@@ -88,7 +88,7 @@ def parse_host_port(text: str) -> Destination:
         if not re.fullmatch(r"[0-9]{1,5}", port_text) or not 0 < int(port_text) < 65536:
             raise NotADestination(text)
         port = int(port_text)
-    elif text.endswith(":"):
+    elif text.endswith(":") and as_address(text) is None:
         raise NotADestination(text)
     address = as_address(host)
     if address is not None:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves the commands that need no LiteLLM, as an operator calls them: output, exit codes, one JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moat_gateway.cli import main
+
+MASTER = "sk-" + "0123456789abcdef" * 4
+CONFIG = """\
+model_list:
+  - model_name: small
+    litellm_params: {model: openai/up, api_base: 'http://127.0.0.1:9/v1', api_key: os.environ/UP_KEY}
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "master_key").write_text(MASTER)
+    (secrets / "up_key").write_text("upstream-canary")
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "keys.yaml").write_text("teams: [{id: t, models: ['*']}]\nkeys: []\n")
+    for name in ("DATABASE_URL", "DIRECT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MOAT_CONFIG", str(tmp_path / "config.yaml"))
+    monkeypatch.setenv("MOAT_KEYS", str(tmp_path / "keys.yaml"))
+    monkeypatch.setenv("MOAT_SECRETS_DIR", str(secrets))
+    monkeypatch.setenv("MOAT_MASTER_KEY_FILE", str(secrets / "master_key"))
+    monkeypatch.setenv("MOAT_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    return tmp_path
+
+
+def test_check_says_what_runs_and_no_secret(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    assert main(["check", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "canary" not in captured.out + captured.err
+    value = json.loads(captured.out.splitlines()[-1])
+    assert (value["ok"], value["models"], value["secrets"]) == (True, ["small"], ["UP_KEY"])
+
+
+def test_check_reports_every_problem_and_ends_with_the_first_code(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site / "secrets/master_key").write_text("sk-1234")
+    monkeypatch.setenv("DATABASE_URL", "postgres://x")
+    (site / "keys.yaml").write_text("")
+    assert main(["check", "--json"]) == 10
+    captured = capsys.readouterr()
+    assert [p["kind"] for p in json.loads(captured.out)["problems"]] == ["database-set", "bad-master-key", "bad-keys"]
+    assert len(captured.err.splitlines()) == 3
+    assert "sk-1234" not in captured.out + captured.err
+
+
+def test_keys_new_prints_the_secret_alone(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "new", "one", "--team", "t"]) == 0
+    secret = capsys.readouterr().out
+    assert secret.startswith("sk-moat-")
+    assert secret.count("\n") == 1
+    assert secret.strip() not in (site / "keys.yaml").read_text()
+    assert main(["keys", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [k["id"] for k in listed["keys"]] == ["one"]
+    assert main(["keys", "revoke", "one"]) == 0
+    assert main(["keys", "revoke", "one"]) == 12
+
+
+def test_keys_new_into_a_file(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = site / "secret"
+    argv = ["keys", "new", "--keys", str(site / "keys.yaml"), "--id", "two", "--team", "t", "--out", str(out)]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert out.read_text().startswith("sk-moat-")
+    assert main([*argv[:5], "three", *argv[6:]]) == 12  # the file is there: no key is made
+    assert main(["keys", "new", "x", "--team", "none", "--out", str(site / "other")]) == 12
+    assert not (site / "other").exists()
+
+
+def test_status_without_a_gateway(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json"]) == 15
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["problems"][0]["kind"] == "not-running"
+    assert "no gateway answers" in captured.err
+
+
+def test_wrong_usage_is_2() -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["keys"])
+    assert e.value.code == 2
+
+
+def test_settings_in_force(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"] == str(site / "config.yaml")
+
+
+@pytest.mark.parametrize("endpoint", ["", "a b", "ftp://x:1", "minio:x"])
+def test_a_store_endpoint_that_cannot_be_used(site: Path, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "check", "--endpoint", endpoint]) == 17
+    assert "HOST:PORT" in capsys.readouterr().err
