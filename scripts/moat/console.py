@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 from moat.errors import MoatError
 
@@ -51,7 +51,7 @@ def printable(text: str) -> str:
 class Progress:
     """A thread-safe byte counter that draws itself; made by :meth:`Console.progress`."""
 
-    _LINE_EVERY = {True: 0.2, False: 5.0}  # seconds between redraws, on and off a terminal
+    _LINE_EVERY: ClassVar = {True: 0.2, False: 5.0}  # seconds between redraws, on and off a terminal
 
     def __init__(self, console: Console, label: str, total: int, clock: Callable[[], float]) -> None:
         self._console = console
@@ -188,8 +188,7 @@ class Console:
                 env=dict(env) if env is not None else None,
                 cwd=cwd,
                 input=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 check=False,
             )
         except OSError as e:

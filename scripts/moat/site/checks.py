@@ -129,7 +129,8 @@ def port(number: int, flag: str, taken: bool, containers: Iterable[Container]) -
         found = f"held by the container {holders[0].project}/{holders[0].service or holders[0].image}"
     elif taken:
         found = "held by another program"
-    hint = f"see who listens: ss -ltnp 'sport = :{number}'; stop it, or choose another with {flag} (here and for moat prepare)"
+    hint = f"see who listens: ss -ltnp 'sport = :{number}'; stop it, or choose another with {flag}"
+    hint += " (here and for moat prepare)"
     return _check(f"port {number}", found == "free", found, "free", hint)
 
 
