@@ -173,6 +173,7 @@ class Downloader:
             # Another moat may be fetching the same file into the same cache: wait for it.
             fcntl.flock(f, fcntl.LOCK_EX)
             if self._cache.has(download.sha256):
+                partial.unlink(missing_ok=True)  # opening it has made it anew
                 progress.add(download.size)
                 return
             if not partial.exists() or partial.stat().st_ino != os.fstat(f.fileno()).st_ino:
@@ -237,22 +238,31 @@ class Downloader:
                     done += len(block)
                     if done > size:
                         f.truncate(0)
-                        raise HashMismatch(
-                            f"{_host(url)} serves more bytes than the lock names",
-                            found=f"over {size} bytes",
-                            expected=f"{size} bytes",
-                            hint="the mirror or the lock is wrong: see docs/locks-and-policy.md",
-                            path=unquote(url.rsplit("/", 1)[-1]),
-                        )
+                        raise _wrong_size(url, f"over {size} bytes", size)
                     f.write(block)
                     count(len(block))
                     if self._stop.is_set():
                         raise _Retry("stopped, because another download failed")
         except httpx.HTTPError as e:
             raise _Retry(f"{type(e).__name__}: {e}") from e
+        if done < size and "content-length" in response.headers:
+            # The answer came whole (httpx raises when one is cut short), so the file there is another one.
+            f.truncate(0)
+            raise _wrong_size(url, f"{done} bytes", size)
         if done < size:
             raise _Retry(f"the connection ended after {done} of {size} bytes")
         return continued
+
+
+def _wrong_size(url: str, found: str, size: int) -> HashMismatch:
+    name = unquote(urlsplit(url).path.rsplit("/", 1)[-1])
+    return HashMismatch(
+        f"{name} from {_host(url)} is not the locked file",
+        found=found,
+        expected=f"{size} bytes",
+        hint="the mirror or the lock is wrong: see docs/locks-and-policy.md",
+        path=name,
+    )
 
 
 def _range_start(response: httpx.Response) -> int:
