@@ -89,7 +89,7 @@ def test_openais_own_client_works_unchanged(stack: Stack) -> None:
         if chunk.choices
     ]
     assert "".join(pieces).strip()
-    client.close()
+    http.close()
 
 
 @pytest.mark.parametrize("key", ["", "sk-1234", "sk-moat-" + "x" * 43, "not even a key"])

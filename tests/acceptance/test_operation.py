@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves the normal day: a gateway is stopped under a running stream, comes back, and preparing again changes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.acceptance.stack import Stack, run
+
+PORTS = {"4001": "gateway-1", "4002": "gateway-2"}
+
+
+def long_stream(stack: Stack, request_id: str) -> tuple[Any, Any, Any]:
+    """Open a stream of several seconds and return it after its first chunk, with its line iterator and client."""
+    client = stack.client()
+    body = {
+        "model": stack.model,
+        "messages": [{"role": "user", "content": "Write a long story about a river. Do not stop."}],
+        "max_tokens": 400,
+        "stream": True,
+        "temperature": 1.2,
+        "stream_options": {"include_usage": True},
+    }
+    request = client.build_request("POST", "/v1/chat/completions", json=body, headers={"x-request-id": request_id})
+    response = client.send(request, stream=True)
+    assert response.status_code == 200
+    lines = response.iter_lines()
+    next(lines)
+    return client, response, lines
+
+
+def serving(stack: Stack) -> str:
+    """Return the gateway that has a stream running now."""
+    for service in ("gateway-1", "gateway-2"):
+        argv = [service if a == "gateway-1" else a for a in stack.gateway_cli]
+        if json.loads(run(*argv, "status", "--json").stdout)["active_streams"]:
+            return service
+    raise AssertionError("no gateway has a stream")
+
+
+def upstream_of(stack: Stack, request_id: str) -> list[str]:
+    lines = [json.loads(x) for x in stack.logs("nginx").splitlines() if x.startswith("{")]
+    return [PORTS[x["upstream"].rsplit(":", 1)[1]] for x in lines if x["request_id"] == request_id]
+
+
+def test_a_stopped_gateway_finishes_its_stream_and_new_requests_go_to_the_other(stack: Stack) -> None:
+    client, response, lines = long_stream(stack, "operation-stream-1")
+    busy = serving(stack)
+    other = "gateway-2" if busy == "gateway-1" else "gateway-1"
+    stop = subprocess.Popen(["docker", "stop", "--time", "75", stack.container(busy)], stdout=subprocess.DEVNULL)
+    began = time.monotonic()
+    try:
+        time.sleep(1.5)  # past the moment in which it still takes requests so that nginx can notice
+        with stack.client() as second:
+            for i in range(6):
+                answer = second.get("/v1/models", headers={"x-request-id": f"operation-new-{i}"})
+                assert answer.status_code == 200, answer.text
+        rest = list(lines)
+        finished = time.monotonic() - began
+        assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
+        usage = [json.loads(x[6:])["usage"] for x in rest if x.startswith("data: {") and '"usage"' in x]
+        assert usage[-1]["completion_tokens"] > 20
+        assert stop.wait(75) == 0
+        state = stack.inspect(busy)["State"]
+        # 0: it ended by itself. 137 would be docker's kill, a cut stream at the latest then.
+        assert (state["Running"], state["ExitCode"], state["OOMKilled"]) == (False, 0, False)
+        assert time.monotonic() - began < 70
+        for i in range(6):
+            assert upstream_of(stack, f"operation-new-{i}")[-1] == other, (i, finished)
+        # With its address gone, requests still go through.
+        with stack.client() as third:
+            assert all(third.get("/v1/models").status_code == 200 for _ in range(4))
+    finally:
+        response.close()
+        client.close()
+        stop.wait(80)
+        stack.compose("up", "--detach", "--wait", "--wait-timeout", "120", "--pull", "never")
+    deadline = time.monotonic() + 30
+    ids = iter(range(1000))
+    while True:  # and it is used again
+        name = f"operation-back-{next(ids)}"
+        with stack.client() as again:
+            assert again.get("/v1/models", headers={"x-request-id": name}).status_code == 200
+        if upstream_of(stack, name) == [busy]:
+            break
+        assert time.monotonic() < deadline
+
+
+def test_a_killed_gateway_does_not_make_a_stream_look_complete(stack: Stack) -> None:
+    client, response, lines = long_stream(stack, "operation-stream-2")
+    busy = serving(stack)
+    seen: list[str] = []
+    try:
+        run("docker", "kill", "--signal", "KILL", stack.container(busy))
+        try:
+            seen = list(lines)
+        except Exception as e:
+            assert "incomplete" in str(e) or "peer closed" in str(e)  # noqa: PT017 - either way of telling is right
+        assert "data: [DONE]" not in seen
+        with stack.client() as second:
+            assert second.get("/v1/models").status_code == 200
+    finally:
+        response.close()
+        client.close()
+        stack.compose("up", "--detach", "--wait", "--wait-timeout", "120", "--pull", "never")
+
+
+def test_services_start_in_an_order_in_which_each_finds_what_it_needs(stack: Stack) -> None:
+    def started(service: str) -> str:
+        return str(stack.inspect(service)["State"]["StartedAt"])
+
+    stack.compose("down")
+    stack.compose("up", "--detach", "--wait", "--wait-timeout", "180", "--pull", "never")
+    init = stack.inspect("minio-init")["State"]
+    assert (init["ExitCode"], init["Running"]) == (0, False)
+    assert started("minio") < str(init["StartedAt"]) < str(init["FinishedAt"])
+    for gateway in ("gateway-1", "gateway-2"):
+        assert str(init["FinishedAt"]) < started(gateway) < started("nginx")
+        assert stack.inspect(gateway)["RestartCount"] == 0
+
+
+def test_client_keys_come_and_go_while_the_gateways_run(stack: Stack) -> None:
+    made = stack.compose("run", "--rm", "--no-deps", "-T", "admin", "keys", "new", "acceptance", "--team", "default")
+    key = made.stdout.strip()
+    try:
+        time.sleep(1.5)
+        with stack.client(key) as client:
+            assert client.get("/v1/models").status_code == 200
+    finally:
+        stack.compose("run", "--rm", "--no-deps", "-T", "admin", "keys", "revoke", "acceptance")
+    time.sleep(1.5)
+    with stack.client(key) as client:
+        assert client.get("/v1/models").status_code == 401
+
+
+def test_a_path_below_config_dir_means_the_same_to_the_gateways_command(stack: Stack) -> None:
+    done = run(*stack.gateway_cli, "check", "--config", str(stack.config_dir / "config.yaml"), "--json")
+    assert json.loads(done.stdout)["models"] == [stack.model]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+    return {
+        str(p): (p.lstat().st_mode, p.lstat().st_uid, p.lstat().st_mtime_ns, p.lstat().st_size)
+        for p in folder.rglob("*")
+    }
+
+
+def test_preparing_again_changes_nothing(stack: Stack) -> None:
+    before = snapshot(stack.folder)
+    trust = ["--key", stack.public_key, "--state-dir", str(stack.folder / "state")]
+    done = stack.moat("prepare", str(stack.bundle), *trust, "--dir", str(stack.folder), "--json")
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["changed"], answer["changes"]) == (0, False, [])
+    assert snapshot(stack.folder) == before
+
+
+def test_a_deployment_of_the_other_profile_or_in_a_foreign_folder_is_refused(stack: Stack, tmp_path: Path) -> None:
+    trust = ["--key", stack.public_key, "--state-dir", str(stack.folder / "state")]
+    (tmp_path / "somebodys.txt").write_text("precious")
+    for options, words in (
+        (["--dir", str(stack.folder), "--profile", "site"], "profile of a deployment folder cannot be changed"),
+        (["--dir", str(tmp_path)], "holds files that `moat prepare` did not make"),
+        (["--dir", str(stack.bundle / "x")], "lies inside the bundle"),
+        (["--dir", str(tmp_path / "new"), "--https-port", "9000", "--http-port", "9000"], "two ports are the same"),
+    ):
+        done = stack.moat("prepare", str(stack.bundle), *trust, *options)
+        assert done.returncode == 22, done.stderr
+        assert words in done.stderr
+        assert "do:" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["somebodys.txt"]
