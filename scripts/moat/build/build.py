@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from moat import __version__, minisign
 from moat.build import namespace
+from moat.build.built import sweep
 from moat.build.bundle import build_bundle
 from moat.build.cache import Cache
 from moat.build.images import Workshop
 from moat.build.keys import add_passphrase_arguments, passphrase_of, read_private_file
 from moat.build.locks import PROFILES, TARGETS, active_locks
 from moat.build.sign import sign_manifest
-from moat.console import Console
+from moat.console import Console, human_bytes
 from moat.errors import BuildFailed, FetchFailed
 from moat.manifest import MANIFEST_NAME, BundleInfo
 
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     output.mkdir(parents=True, exist_ok=True)
     final = output / info.name
     _may_replace(final)
+    sweep(cache, now=time.time())
     workshop = Workshop(locks, cache, __version__, console)
     with console.step(f"build {info.name}"):
         temporary = Path(tempfile.mkdtemp(prefix=f".{info.name}.", dir=output))
@@ -73,6 +77,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             if args.key is not None:
                 public = sign_manifest(temporary, args.key, passphrase)
             replace_folder(temporary, final)
+        except OSError as e:
+            raise out_of_space(e, output, cache.root) from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     total = sum(f.size for f in manifest.files)
@@ -90,6 +96,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
         + (f"signed by {public.to_string()}" if public else "not signed (give --key, or run `moat sign`)"),
     )
     return 0
+
+
+def out_of_space(e: OSError, output: Path, cache: Path) -> Exception:
+    """Return the refusal for a full disk, which the operator can act on; any other error stays what it is."""
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return e
+    free = ", ".join(f"{p}: {human_bytes(shutil.disk_usage(p).free)} free" for p in (output, cache))
+    return BuildFailed(
+        "the disk is full",
+        found=free,
+        expected="about 1 GiB for a bundle, 3 GiB for built things while MinIO is compiled",
+        hint="make room, or give another output folder (-o) or cache (MOAT_CACHE); then run the same command again",
+        path=e.filename if isinstance(e.filename, str) else None,
+    )
 
 
 def _may_replace(final: Path) -> None:

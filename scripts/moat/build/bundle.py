@@ -56,13 +56,19 @@ _TIKTOKEN = ("tiktoken", "regex", "requests", "urllib3", "idna", "certifi", "cha
 
 @dataclass(frozen=True)
 class Listed:
-    """What the manifest says about a file besides its bytes."""
+    """What the manifest says about a file besides its bytes; ``sha256`` is what a lock says of them, if one does."""
 
     kind: str
     component: str
     version: str
     license: str
     source: str
+    sha256: str = ""
+
+
+def listed_as(kind: str, entry: LockedFile, license_: str | None = None) -> Listed:
+    """Return what the manifest says about a locked file that travels as it is."""
+    return Listed(kind, entry.name, entry.version, license_ or entry.license, entry.source, entry.sha256)
 
 
 class Assembly:
@@ -117,7 +123,7 @@ class Assembly:
             self.put(
                 f"wheels/{e.filename}",
                 self.workshop.cache.require(e),
-                Listed("wheel", e.name, e.version, e.license, e.source),
+                listed_as("wheel", e),
             )
             lines.append(f"{e.name}=={e.version} --hash=sha256:{e.sha256}\n")
         own = self.workshop.project_wheel("images/gateway")
@@ -136,7 +142,7 @@ class Assembly:
         for d in debs:
             e = d.entry
             license_ = self.deb(d).license
-            self.listed[f"debs/{e.filename}"] = Listed("deb", e.name, e.version, license_, e.source)
+            self.listed[f"debs/{e.filename}"] = listed_as("deb", e, license_)
         for name in ("Packages", "Release"):
             self.listed[f"debs/{name}"] = self._ours("index", "debs")
 
@@ -237,7 +243,7 @@ class Assembly:
         if any(p.name == "minio" for i in self.images for part in i.recipe.layers for p in part.programs):
             e = minio_entry(self.workshop.locks.go)
             component = go_component(e, self.workshop.cache.require(e))
-            listed = Listed("source", e.name, e.version, component.license, e.source)
+            listed = listed_as("source", e, component.license)
             self.put(f"sources/minio-{e.version}.zip", self.workshop.cache.require(e), listed)
 
     def add_top(self) -> None:
@@ -253,10 +259,10 @@ class Assembly:
     # --- the end ---
 
     def write_manifest(self) -> Manifest:
-        """Hash every file and write the manifest; what is in the folder and not listed is a defect.
+        """Hash every file, compare it with its lock, and write the manifest; a file that is not listed is a defect.
 
         Raises:
-            BuildFailed: a stray file, or one too large for FAT32.
+            BuildFailed: a stray file, one too large for FAT32, or one that differs from its lock.
         """
         found = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if not p.is_dir()}
         if strays := sorted(set(found) ^ set(self.listed)):
@@ -272,10 +278,16 @@ class Assembly:
                         found=f"{size} bytes",
                         expected=f"at most {FAT32_MAX}",
                     )
-                x = self.listed[path]
-                entries.append(
-                    FileEntry(path, size, sha256_file(p), x.kind, x.component, x.version, x.license, x.source)
-                )
+                x, digest = self.listed[path], sha256_file(p)
+                if x.sha256 and digest != x.sha256:
+                    raise BuildFailed(
+                        f"{path} is not the file that the lock names",
+                        found=digest,
+                        expected=x.sha256,
+                        hint=f"the cache is damaged: delete {self.workshop.cache.path(x.sha256)}, then `moat fetch`",
+                        path=path,
+                    )
+                entries.append(FileEntry(path, size, digest, x.kind, x.component, x.version, x.license, x.source))
                 bar.add(size)
         images = tuple(
             ImageEntry(

@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moat.build.cache import sha256_file
 from moat.build.layers import Layer, Node, add_to_tar
+from moat.errors import BuildFailed
 
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -96,6 +98,9 @@ def write_archive(path: Path, *, name: str, version: str, config: ImageConfig, l
         version: Moat's version.
         config: what the engine shows and runs.
         layers: bottom first.
+
+    Raises:
+        BuildFailed: a layer's blob is not what its digest says.
     """
     raw_config = config_bytes(config, layers)
     image_id = digest_of(raw_config)
@@ -148,6 +153,14 @@ def write_archive(path: Path, *, name: str, version: str, config: ImageConfig, l
         p = blob_path(digest_of(data))
         nodes[p] = Node(p, 0o644, "archive", data=data)
     for layer in layers:
+        if (found := f"sha256:{sha256_file(layer.blob)}") != layer.digest:
+            raise BuildFailed(
+                f"the layer {layer.name} of {name} is damaged in the cache",
+                found=found,
+                expected=layer.digest,
+                hint=f"delete {layer.blob.parent} and build again",
+                path=str(layer.blob),
+            )
         p = blob_path(layer.digest)
         nodes[p] = Node(p, 0o644, "archive", source=layer.blob)
     with path.open("wb") as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
