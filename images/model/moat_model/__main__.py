@@ -84,7 +84,9 @@ def main() -> int:
         print(f"moat-model: the model server did not start: {e}", file=sys.stderr, flush=True)
         return 1
     guarded = "with" if key else "without"
-    print(f"moat-model: {ALIAS} on port {PORT}, {SLOTS} slots of {CONTEXT_PER_SLOT} tokens, {guarded} a key", flush=True)
+    print(
+        f"moat-model: {ALIAS} on port {PORT}, {SLOTS} slots of {CONTEXT_PER_SLOT} tokens, {guarded} a key", flush=True
+    )
     stop.wait()
     del server
     return 0
