@@ -212,7 +212,7 @@ def _stale_error(locks: Locks, stale: Sequence[LockedFile], cache: Cache, consol
         rows.append(Change(e.name, e.version, successor, ""))
     return LockStale(
         f"Debian's mirror has dropped {len(stale)} of the locked packages",
-        found="\n" + render(rows),
+        found=render(rows).strip().replace("\n  ", "\n            "),
         expected="the versions of the committed lock",
         hint=(
             "have a new lock reviewed: `moat lock --only debs`, read the diff, commit it"
@@ -241,5 +241,6 @@ def relock_debs(locks: Locks, cache: Cache, console: Console) -> list[Change]:
     # Written last: without the index, or with another `replaces`, the overlay does not count.
     write_index(folder, now, replaces=reviewed)
     difference = changes(locks.debs, new)
-    console.info(render(difference))
+    for line in render(difference).splitlines():
+        console.info(line)
     return difference
