@@ -141,7 +141,15 @@ def check(
 ) -> tuple[CheckedConfig | None, list[GatewayError]]:
     """Check a parsed file; see :func:`read`."""
     if not isinstance(document.data, dict):
-        return None, [BadConfig("is empty or not a mapping", expected="LiteLLM's config.yaml", path=name, line=1)]
+        return None, [
+            BadConfig(
+                "is empty or not a mapping",
+                expected="LiteLLM's config.yaml",
+                hint="write at least a model_list",
+                path=name,
+                line=1,
+            )
+        ]
     checker = _Checker(document, name, secrets_dir, allow)
     checker.run()
     if checker.problems:
@@ -204,6 +212,7 @@ class _Checker:
     # --- reporting ---
 
     def _report(self, error: type[GatewayError], at: Trail, message: str, **more: str | None) -> None:
+        more = {"hint": "correct the line", **more}
         self.problems.append(error(message, path=self._name, line=self._document.line(at), **more))
 
     def _get(self, at: tuple[str, ...]) -> Any:
@@ -294,7 +303,8 @@ class _Checker:
         try:
             self.secrets[name] = secretfiles.read_value(path)
         except UnreadableSecret as e:
-            self.problems.append(e)
+            if not any(p.path == e.path for p in self.problems):  # several references, one file
+                self.problems.append(e)
             return None
         return self.secrets[name]
 

@@ -71,6 +71,7 @@ def read_value(path: Path) -> str:
             "the secret is empty, too large or not text",
             found=f"{len(raw)} bytes",
             expected="one value as UTF-8 text, at most 64 KiB",
+            hint="write the value into the file",
             path=str(path),
         )
     return value

@@ -71,11 +71,17 @@ def read(path: Path, error: type[GatewayError]) -> Document:
             path=str(path),
         ) from e
     if len(raw) > MAX_BYTES:
-        raise error("is too large", found=f"{len(raw)} bytes", expected=f"at most {MAX_BYTES}", path=str(path))
+        raise error(
+            "is too large",
+            found=f"{len(raw)} bytes",
+            expected=f"at most {MAX_BYTES}",
+            hint="this is not the file that was meant, or something filled it",
+            path=str(path),
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise error("is not UTF-8 text", found=f"byte {e.start}", path=str(path)) from e
+        raise error("is not UTF-8 text", found=f"byte {e.start}", hint="save it as UTF-8", path=str(path)) from e
     return parse(text, name=str(path), error=error)
 
 
@@ -112,6 +118,7 @@ def _check_events(text: str, name: str, error: type[GatewayError]) -> None:
                 raise error(
                     "is nested too deeply",
                     expected=f"at most {MAX_DEPTH} levels",
+                    hint="write it flatter",
                     path=name,
                     line=_line(event),
                 )
@@ -199,4 +206,4 @@ class _Walker:
         return {**merged, **own}
 
     def _refuse(self, message: str, line: int, expected: str | None, hint: str | None) -> GatewayError:
-        return self._error(message, expected=expected, hint=hint, path=self._name, line=line)
+        return self._error(message, expected=expected, hint=hint or "correct the line", path=self._name, line=line)
