@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves the normal day: a gateway is stopped under a running stream, comes back, and preparing again changes nothing."""
+"""Proves the normal day: a gateway stops under a running stream and comes back; preparing again changes nothing."""
 
 from __future__ import annotations
 
