@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,15 @@ from moat.build.locks import Locks, active_locks
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder in ``$MOAT_TEST_BUNDLE``, or a demo bundle built from the cache (seconds when it is warm)."""
     given = os.environ.get("MOAT_TEST_BUNDLE")
-    return Path(given) if given else moat_build(tmp_path_factory.mktemp("bundles"))
+    if given:
+        yield Path(given)
+        return
+    folder = tmp_path_factory.mktemp("bundles")
+    yield moat_build(folder)
+    shutil.rmtree(folder)  # pytest would keep three of them, 750 MB each
 
 
 @pytest.fixture(scope="session")

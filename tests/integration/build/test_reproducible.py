@@ -13,8 +13,10 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from tests.integration.build.building import ROOT, moat_build
 
 from moat.build.cache import Cache
@@ -42,13 +44,20 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_two_builds_are_identical(tmp_path: Path, cache: Cache) -> None:
-    one = copy_checkout(ROOT, tmp_path / "one")
-    other = copy_checkout(one, tmp_path / "a-longer-name" / "two")
-    (tmp_path / "out-one").mkdir()
-    first = moat_build(tmp_path / "out-one", checkout=one)
+@pytest.fixture
+def space(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied at once: pytest would keep gigabytes of the last three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
-    fresh = tmp_path / "cache"
+
+def test_two_builds_are_identical(space: Path, cache: Cache) -> None:
+    one = copy_checkout(ROOT, space / "one")
+    other = copy_checkout(one, space / "a-longer-name" / "two")
+    (space / "out-one").mkdir()
+    first = moat_build(space / "out-one", checkout=one)
+
+    fresh = space / "cache"
     (fresh / "built").mkdir(parents=True)
     (fresh / "files").symlink_to(cache.root / "files")
     if (cache.root / "locks").exists():
@@ -56,12 +65,12 @@ def test_two_builds_are_identical(tmp_path: Path, cache: Cache) -> None:
     shared = [] if FULL else [p for p in (cache.root / "built").glob("program-minio-*") if ".tmp." not in p.name]
     for program in shared:
         (fresh / "built" / program.name).symlink_to(program)
-    (tmp_path / "out-two").mkdir()
-    (tmp_path / "home").mkdir()
-    env = {"MOAT_CACHE": str(fresh), "TZ": "Asia/Kolkata", "LC_ALL": "C", "HOME": str(tmp_path / "home")}
+    (space / "out-two").mkdir()
+    (space / "home").mkdir()
+    env = {"MOAT_CACHE": str(fresh), "TZ": "Asia/Kolkata", "LC_ALL": "C", "HOME": str(space / "home")}
     old = os.umask(0o077)
     try:
-        second = moat_build(tmp_path / "out-two", checkout=other, env=env)
+        second = moat_build(space / "out-two", checkout=other, env=env)
     finally:
         os.umask(old)
 
@@ -76,15 +85,15 @@ def test_two_builds_are_identical(tmp_path: Path, cache: Cache) -> None:
     assert not [p for p in second.rglob("*") if p.is_symlink()]
 
 
-def test_a_changed_line_of_the_gateway_changes_one_small_layer(tmp_path: Path) -> None:
-    checkout = copy_checkout(ROOT, tmp_path / "checkout")
-    (tmp_path / "out").mkdir()
-    before = moat_build(tmp_path / "out", checkout=checkout)
+def test_a_changed_line_of_the_gateway_changes_one_small_layer(space: Path) -> None:
+    checkout = copy_checkout(ROOT, space / "checkout")
+    (space / "out").mkdir()
+    before = moat_build(space / "out", checkout=checkout)
     old = blobs(before)
     references = {i["name"]: i["id"] for i in json.loads((before / "manifest.json").read_text("utf-8"))["images"]}
     source = checkout / "images/gateway/moat_gateway/__init__.py"
     source.write_text(source.read_text("utf-8") + "\n#: A change.\nCHANGED = True\n", "utf-8")
-    after = moat_build(tmp_path / "out", checkout=checkout)
+    after = moat_build(space / "out", checkout=checkout)
     new = {d: size for d, size in blobs(after).items() if d not in old}
     changed = {
         i["name"]
