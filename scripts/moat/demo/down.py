@@ -11,7 +11,7 @@ import shutil
 import subprocess
 
 from moat.console import Console
-from moat.demo.places import BUNDLES, CLIENT_KEY, CURL_HEADER, DEMO_JSON, DEPLOY, PROJECT, ROOT
+from moat.demo.places import BUNDLES, CLIENT_KEY, CURL_HEADER, DEMO_JSON, DEPLOY, IMAGES, PROJECT, ROOT
 from moat.demo.steps import Steps, moat
 from moat.errors import DemoFailed
 
@@ -73,10 +73,9 @@ def _remove_leftovers(steps: Steps) -> None:
 
 
 def _remove_images(steps: Steps) -> None:
-    env = DEPLOY / ".env"
-    lines = env.read_text("utf-8").splitlines() if env.exists() else []
-    references = [line.split("=", 1)[1] for line in lines if line.startswith("MOAT_IMAGE_")]
+    references = IMAGES.read_text("utf-8").split() if IMAGES.exists() else []
     there = set(_lines(["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"]))
     for reference in references:
         if reference in there:
             steps.ask(["docker", "image", "rm", reference], what=f"remove the image {reference}")
+    IMAGES.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ KEYS: Final = HOME / "keys"
 BUNDLES: Final = HOME / "bundles"
 DEPLOY: Final = HOME / "deploy"
 DEMO_JSON: Final = HOME / "demo.json"
+#: References of every image that a run of the demo has loaded, one a line, for the removal.
+IMAGES: Final = HOME / "images.txt"
 CLIENT_KEY: Final = HOME / "client.key"
 CURL_HEADER: Final = HOME / "client.header"
 

@@ -12,9 +12,22 @@ from pathlib import Path
 from moat.build.locks import active_locks
 from moat.console import Console
 from moat.demo import chat, places, plugin
-from moat.demo.places import BUNDLE, BUNDLES, CLIENT_KEY, CURL_HEADER, DEMO_JSON, DEPLOY, KEYS, MODEL, ROOT, TARGET
+from moat.demo.places import (
+    BUNDLE,
+    BUNDLES,
+    CLIENT_KEY,
+    CURL_HEADER,
+    DEMO_JSON,
+    DEPLOY,
+    IMAGES,
+    KEYS,
+    MODEL,
+    ROOT,
+    TARGET,
+)
 from moat.demo.steps import CUT, Steps, moat
 from moat.errors import DemoFailed
+from moat.manifest import MANIFEST_NAME, parse_manifest
 from moat.site.deployment import GATEWAY, write_file
 
 #: Why two of the commands keep the host's network: it is the host's network that they are about.
@@ -93,6 +106,7 @@ def _install(steps: Steps, pyz: list[str], https_port: int, http_port: int) -> N
         trust = [str(BUNDLE), "--key", str(KEYS / "moat.pub")]
         steps.watch([*pyz, "doctor", *trust, *ports, "--dir", str(DEPLOY)], what="doctor")
     with steps.step("load the images", "cut"):
+        _remember_images()
         steps.watch([*CUT, *pyz, "load", *_trust()], what="load the images")
     with steps.step("prepare the deployment folder", "cut"):
         # On the loopback: a demo is for whoever sits at this machine.
@@ -100,6 +114,13 @@ def _install(steps: Steps, pyz: list[str], https_port: int, http_port: int) -> N
         steps.watch([*CUT, *pyz, "prepare", *_trust(), *options], what="prepare")
     with steps.step("close the containers' ways out", _RULES):
         steps.watch([*pyz, "firewall", "apply"], what="firewall")
+
+
+def _remember_images() -> None:
+    """Note what is about to be loaded, before it is: an interrupted run leaves nothing unknown behind."""
+    manifest = parse_manifest((BUNDLE / MANIFEST_NAME).read_bytes())
+    known = set(IMAGES.read_text("utf-8").split()) if IMAGES.exists() else set()
+    IMAGES.write_text("\n".join(sorted(known | {i.reference for i in manifest.images})) + "\n", "utf-8")
 
 
 def compose(*words: str) -> list[str]:
