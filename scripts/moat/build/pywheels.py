@@ -24,16 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from packaging.markers import Marker
-from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from moat.build.layers import Node, Tree, _matches
 from moat.build.locks import LockedFile, Target
+from moat.build.wheeltags import target_environment, target_tags
 from moat.console import Console
 from moat.errors import BuildFailed
 
-#: glibc of Debian 13; a wheel for a newer one cannot be loaded there.
-_GLIBC = (2, 41)
 #: Interpreters that compile at the same time. It is fixed because marshal's output can depend on what the
 #: same process compiled before: the same split gives the same bytes on any number of cores.
 _SHARDS = 4
@@ -47,33 +45,6 @@ class WheelFile:
     member: str
     sha256: str
     executable: bool
-
-
-def target_environment(target: Target) -> dict[str, str]:
-    """Return the environment that markers are evaluated in: CPython of the target, Linux on x86-64."""
-    return {
-        "implementation_name": "cpython",
-        "implementation_version": target.python_full,
-        "os_name": "posix",
-        "platform_machine": "x86_64",
-        "platform_python_implementation": "CPython",
-        "platform_release": "",
-        "platform_system": "Linux",
-        "platform_version": "",
-        "python_full_version": target.python_full,
-        "python_version": target.python,
-        "sys_platform": "linux",
-        "extra": "",
-    }
-
-
-def target_tags(target: Target) -> list[Tag]:
-    """Return the wheel tags that the target's Python loads, best first."""
-    major, minor = (int(x) for x in target.python.split("."))
-    platforms = [f"manylinux_2_{m}_x86_64" for m in range(_GLIBC[1], 4, -1)]
-    platforms += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
-    tags = list(cpython_tags((major, minor), platforms=platforms))
-    return tags + list(compatible_tags((major, minor), f"cp{major}{minor}", platforms))
 
 
 def select(entries: Iterable[LockedFile], target: Target) -> list[LockedFile]:

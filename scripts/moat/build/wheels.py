@@ -24,7 +24,6 @@ from urllib.parse import urljoin
 import httpx
 from packaging.markers import Marker
 from packaging.requirements import Requirement
-from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import (
     InvalidSdistFilename,
     InvalidWheelFilename,
@@ -39,12 +38,11 @@ from moat.build.licenses import from_classifiers, from_license_file, from_text
 from moat.build.locks import LATER_TARGETS, TARGETS, LockedFile, Target
 from moat.build.mirrors import uv_program
 from moat.build.policy import Policy
+from moat.build.wheeltags import target_environment, target_tags
 from moat.console import Console
 from moat.errors import LockFailed
 
 _JSON = "application/vnd.pypi.simple.v1+json"
-#: glibc of Debian 12; wheels for it run on Debian 13 (2.41) too, so that one lock serves both.
-_GLIBC_MINOR = 36
 
 
 @dataclass(frozen=True)
@@ -91,38 +89,6 @@ class Choice:
 def all_targets() -> tuple[Target, ...]:
     """Return the targets that wheels are locked for: also those whose images are not made yet."""
     return tuple({t.python: t for t in (*LATER_TARGETS.values(), *TARGETS.values())}.values())
-
-
-def target_tags(target: Target) -> list[Tag]:
-    """Return a target's compatibility tags, the best first."""
-    machine = {"amd64": "x86_64"}[target.arch]
-    major, minor = (int(x) for x in target.python.split("."))
-    platforms = [f"manylinux_2_{n}_{machine}" for n in range(_GLIBC_MINOR, 16, -1)]
-    platforms += [f"manylinux2014_{machine}"]
-    platforms += [f"manylinux_2_{n}_{machine}" for n in range(16, 4, -1)]
-    platforms += [f"manylinux2010_{machine}", f"manylinux1_{machine}", f"linux_{machine}"]
-    return [
-        *cpython_tags((major, minor), platforms=platforms),
-        *compatible_tags((major, minor), f"cp{major}{minor}", platforms),
-    ]
-
-
-def target_environment(target: Target) -> Mapping[str, str]:
-    """Return the values that environment markers are evaluated with."""
-    return {
-        "implementation_name": "cpython",
-        "implementation_version": target.python_full,
-        "os_name": "posix",
-        "platform_machine": "x86_64",
-        "platform_python_implementation": "CPython",
-        "platform_release": "",
-        "platform_system": "Linux",
-        "platform_version": "",
-        "python_full_version": target.python_full,
-        "python_version": target.python,
-        "sys_platform": "linux",
-        "extra": "",
-    }
 
 
 class Index:
@@ -261,7 +227,7 @@ def choose(pinned: Iterable[Pinned], uses: tuple[str, ...], index: Index, policy
     chosen: dict[tuple[Pinned, IndexFile], list[str]] = {}
     for p in pins:
         for target in all_targets():
-            if p.marker and not Marker(p.marker).evaluate(dict(target_environment(target))):
+            if p.marker and not Marker(p.marker).evaluate(target_environment(target)):
                 continue
             file = best_file(p, listings[p.name], target, policy)
             chosen.setdefault((p, file), []).append(target.python)
