@@ -183,7 +183,17 @@ class Gateway:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.stdout.splitlines()]
+        # A line that is being written has no end yet.
+        return [json.loads(line) for line in self.stdout.splitlines(keepends=True) if line.endswith("\n")]
+
+    def wait_events(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the events with these fields; the log line of a request comes just after its answer."""
+        deadline = time.monotonic() + 5
+        while True:
+            found = [e for e in self.events if all(e.get(k) == v for k, v in wanted.items())]
+            if found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.02)
 
     def status(self) -> dict[str, Any]:
         done = self.site.command("status", "--json")

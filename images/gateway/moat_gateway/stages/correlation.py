@@ -2,7 +2,8 @@
 """First stage: every request has an id and a trace, and every answer, errors included, says the id.
 
 The caller's ``x-request-id`` is taken if it is short and plain, else a new one is made. A valid W3C ``traceparent``
-gives the trace; LiteLLM and the model server then see it unchanged. Without one, a new one is put into the request.
+gives the trace of the log lines and is left as it is; without one, a new one is put into the request. (LiteLLM hands it
+on to the model server only when its OpenTelemetry callback is on and ``forward_traceparent_to_llm_provider`` is set.)
 """
 
 from __future__ import annotations
