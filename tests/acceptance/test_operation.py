@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 from tests.acceptance.stack import Stack, run
 
 PORTS = {"4001": "gateway-1", "4002": "gateway-2"}
@@ -51,7 +53,8 @@ def test_a_stopped_gateway_finishes_its_stream_and_new_requests_go_to_the_other(
     client, response, lines = long_stream(stack, "operation-stream-1")
     busy = serving(stack)
     other = "gateway-2" if busy == "gateway-1" else "gateway-1"
-    stop = subprocess.Popen(["docker", "stop", "--time", "75", stack.container(busy)], stdout=subprocess.DEVNULL)
+    assert stack.inspect(busy)["Config"]["StopTimeout"] == 75
+    stop = subprocess.Popen(["docker", "stop", stack.container(busy)], stdout=subprocess.DEVNULL)
     began = time.monotonic()
     try:
         time.sleep(1.5)  # past the moment in which it still takes requests so that nginx can notice
@@ -88,6 +91,50 @@ def test_a_stopped_gateway_finishes_its_stream_and_new_requests_go_to_the_other(
         if upstream_of(stack, name) == [busy]:
             break
         assert time.monotonic() < deadline
+
+
+def test_restarting_one_gateway_after_the_other_loses_no_request(stack: Stack) -> None:
+    """The page's way to bring a new configuration in: nobody outside notices."""
+    upstream = stack.folder / "nginx/upstream.conf"
+    original = upstream.read_text("utf-8")
+    outcomes: list[str] = []
+    over = threading.Event()
+    body = {"model": stack.model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
+
+    def ask() -> None:
+        # A connection each: at a reload nginx closes the idle ones, and a client that is just writing into one must try
+        # again by itself, as OpenAI's does.
+        with stack.client(limits=httpx.Limits(max_keepalive_connections=0)) as client:
+            while not over.is_set():
+                try:
+                    answer = client.post("/v1/chat/completions", json=body)
+                    ended = answer.status_code == 200 and "data: [DONE]" in answer.text
+                    outcomes.append("ok" if ended else f"{answer.status_code} {answer.text[:200]}")
+                except httpx.HTTPError as e:
+                    outcomes.append(f"{type(e).__name__}: {e}")
+
+    askers = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in askers:
+        thread.start()
+    try:
+        for service, member in (("gateway-1", "172.30.242.11:4001"), ("gateway-2", "172.30.242.12:4002")):
+            before = stack.inspect(service)["State"]["StartedAt"]
+            upstream.write_text(original.replace(member, f"{member} down"))
+            stack.compose("kill", "--signal", "HUP", "nginx")
+            time.sleep(2)
+            stack.compose("restart", service)
+            stack.compose("up", "--detach", "--wait", "--wait-timeout", "120", "--pull", "never")
+            upstream.write_text(original)
+            stack.compose("kill", "--signal", "HUP", "nginx")
+            time.sleep(2)
+            assert stack.inspect(service)["State"]["StartedAt"] > before
+    finally:
+        upstream.write_text(original)
+        over.set()
+        for thread in askers:
+            thread.join()
+    assert len(outcomes) > 50
+    assert [o for o in outcomes if o != "ok"] == []
 
 
 def test_a_killed_gateway_does_not_make_a_stream_look_complete(stack: Stack) -> None:

@@ -185,6 +185,20 @@ def test_a_configuration_that_names_an_outside_endpoint_is_refused_before_it_ser
     documented("refused (endpoint-refused)")
 
 
+def test_a_site_without_a_model_says_so(stack: Stack, tmp_path: Path) -> None:
+    """What the profile `site` looks like right after `prepare`."""
+    folder = tmp_path / "site"
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)  # pytest's folders are for root alone; the container's user comes through them
+    done = stack.moat("prepare", *trust(stack), "--dir", str(folder), "--profile", "site")
+    assert done.returncode == 0, done.stderr
+    argv = ["docker", "compose", "--project-directory", str(folder), "--project-name", "moat-acceptance-site"]
+    refused = run(*argv, "run", "--rm", "--no-deps", "-T", "admin", "check", check=False)
+    assert refused.returncode == 9, refused.stderr
+    assert "refused (no-models)" in refused.stderr
+    documented("refused (no-models)")
+
+
 def test_a_flushed_firewall_is_noticed_and_mended(stack: Stack) -> None:
     run("iptables", "-F", "MOAT-INPUT")
     try:
