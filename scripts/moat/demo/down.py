@@ -25,7 +25,7 @@ def down(console: Console) -> None:
         DemoFailed: the engine refused, or another deployment of the same project runs here.
     """
     steps = Steps(console)
-    _check_ours(steps)
+    check_ours()
     with console.step("stop and remove containers, networks and volumes"):
         if (DEPLOY / "compose.yaml").exists() and (DEPLOY / ".env").exists():
             argv = ["docker", "compose", "--project-directory", str(DEPLOY), "--profile", "demo", "--profile", "tools"]
@@ -47,16 +47,20 @@ def _lines(argv: list[str]) -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
-def _check_ours(steps: Steps) -> None:
-    """Refuse if the project's containers belong to another folder: a real deployment may run on this host."""
+def check_ours() -> None:
+    """See that no other deployment of Moat is on this host: there is one Compose project ``moat`` a host.
+
+    Raises:
+        DemoFailed: its containers belong to another folder, which may be a real site's.
+    """
     form = '{{.Label "com.docker.compose.project.working_dir"}}'
     folders = set(_lines(["docker", "ps", "--all", "--filter", _LABEL, "--format", form])) - {str(DEPLOY)}
     if folders:
         raise DemoFailed(
-            "another deployment of Moat runs on this host",
+            "another deployment of Moat is on this host",
             found=", ".join(sorted(folders)),
-            expected=str(DEPLOY),
-            hint="the demo leaves it alone; see docs/compose.md (Removal) if you mean to remove it",
+            expected=f"none, or {DEPLOY}",
+            hint="the demo leaves it alone; take it down first if you mean to (docs/compose.md, Removal)",
         )
 
 

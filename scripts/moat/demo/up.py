@@ -48,6 +48,7 @@ def up(console: Console, *, https_port: int, http_port: int) -> None:
         raise DemoFailed(
             "the demo builds root file systems and installs, which needs root", hint="run `sudo make demo`"
         )
+    check_ours()
     steps = Steps(console)
     places.HOME.mkdir(mode=0o755, exist_ok=True)
     _build(steps)
