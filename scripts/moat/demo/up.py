@@ -12,6 +12,7 @@ from pathlib import Path
 from moat.build.locks import active_locks
 from moat.console import Console
 from moat.demo import chat, places, plugin
+from moat.demo.down import check_ours
 from moat.demo.places import (
     BUNDLE,
     BUNDLES,
