@@ -222,6 +222,7 @@ def verify() -> None:
     """
     import litellm
     from litellm.proxy import proxy_server
+    from litellm.proxy.auth import user_api_key_auth
 
     hook = getattr(proxy_server, "user_custom_auth", None)
     settings = getattr(proxy_server, "general_settings", None) or {}
@@ -234,7 +235,7 @@ def verify() -> None:
         "the master key is the one of the file": getattr(proxy_server, "master_key", None)
         == os.environ.get(MASTER_KEY_NAME),
         # With it, LiteLLM would ask its own hook before ours.
-        "no litellm-enterprise": getattr(proxy_server, "enterprise_custom_auth", None) is None
+        "no litellm-enterprise": getattr(user_api_key_auth, "enterprise_custom_auth", None) is None
         and not _installed("litellm-enterprise"),
     }
     wrong = [name for name, ok in facts.items() if not ok]

@@ -271,6 +271,17 @@ def _serve_and_ask(program: str, folder: Path, python: str, mode: str, calls: st
                 process.wait()
 
 
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started here: ask, wait, insist."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def _attempts(program: str, folder: Path, python: str, mode: str, report: Report) -> None:
     argv = [python, str(Path(__file__).with_name("attempts.py")), "guarded" if program == "attempts" else "open"]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT / "images/gateway")}

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at the LiteLLM that is installed and prints, as JSON, each thing that Moat leans on and whether it holds.
+
+Run with the gateway's interpreter; ``test_litellm_contract.py`` turns each line into a test with a name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moat_gateway import litellm_port
+
+os.environ.update(litellm_port.OFFLINE)
+
+
+def _source(thing: Any) -> str:
+    return inspect.getsource(thing)
+
+
+def _proxy() -> Any:
+    from litellm.proxy import proxy_server
+
+    return proxy_server
+
+
+def app_is_plain_asgi() -> bool:
+    parameters = list(inspect.signature(_proxy().app.__call__).parameters)
+    return parameters == ["scope", "receive", "send"]
+
+
+def globals_that_verify_reads() -> bool:
+    from litellm.proxy.auth import user_api_key_auth
+
+    names = ("user_custom_auth", "general_settings", "prisma_client", "master_key", "llm_router")
+    return all(hasattr(_proxy(), n) for n in names) and hasattr(user_api_key_auth, "enterprise_custom_auth")
+
+
+def lifespan_reads_config_file_path() -> bool:
+    return 'get_secret_str("CONFIG_FILE_PATH")' in _source(_proxy().proxy_startup_event)
+
+
+def custom_auth_is_called_with_request_and_key() -> bool:
+    from litellm.proxy.auth import user_api_key_auth
+
+    return "await user_custom_auth(request=request, api_key=api_key)" in _source(user_api_key_auth)
+
+
+def both_switches_exist() -> bool:
+    from litellm.proxy.auth import user_api_key_auth
+
+    text = _source(user_api_key_auth)
+    return '"enable_post_custom_auth_checks"' in text and '"custom_auth_run_common_checks"' in text
+
+
+def auth_object_takes_our_fields() -> bool:
+    from litellm.proxy._types import UserAPIKeyAuth
+
+    fields = {
+        "api_key", "key_alias", "models", "team_id", "team_alias", "team_models", "team_rpm_limit", "team_tpm_limit",
+        "expires", "user_role", "user_id",
+    }  # fmt: skip
+    return fields <= set(UserAPIKeyAuth.model_fields)
+
+
+def a_hash_is_kept_as_it_is() -> bool:
+    from litellm.proxy._types import UserAPIKeyAuth
+
+    return bool(UserAPIKeyAuth(api_key="a" * 64).api_key == "a" * 64)
+
+
+def all_proxy_models_is_the_word_for_every_model() -> bool:
+    from litellm.proxy._types import SpecialModelNames
+
+    return bool(SpecialModelNames.all_proxy_models.value == "all-proxy-models")
+
+
+def hub_download_can_be_turned_off() -> bool:
+    import litellm
+
+    return litellm.disable_hf_tokenizer_download in (None, False) and "disable_hf_tokenizer_download" in _source(
+        litellm.utils._select_tokenizer_helper
+    )
+
+
+def rust_is_off_for_what_is_open() -> bool:
+    from litellm.rust_bridge.catalog import Route, RouteContext, decision
+    from litellm.rust_bridge.configuration import Decision
+
+    # OCR and Bedrock's transcription are Rust only: the first is a closed path, the second needs an api_base.
+    asked = [r for r in Route if r not in (Route.OCR, Route.TRANSCRIPTION)]
+    providers = (None, "anthropic", "openai", "huggingface", "tiktoken")
+    return all(decision(RouteContext(r, provider=p)) is Decision.PYTHON for r in asked for p in providers)
+
+
+def offline_switches_are_still_read() -> bool:
+    root = Path(sys.modules["litellm"].__file__ or "").parent
+    wanted = {n for n in litellm_port.OFFLINE if n.startswith("LITELLM_") and n not in ("LITELLM_TELEMETRY",)}
+    wanted |= {"NO_DOCS", "NO_REDOC"}
+    for path in root.rglob("*.py"):
+        text = path.read_text("utf-8", "replace")
+        wanted -= {n for n in wanted if n in text}
+    return not wanted
+
+
+def importing_set_no_event_loop_policy() -> bool:
+    _proxy()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    return type(loop).__module__.startswith("asyncio")
+
+
+def no_native_resolver() -> bool:
+    names = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    return not names & {"aiodns", "pycares", "grpcio", "litellm-enterprise"}
+
+
+def router_has_names_and_deployments() -> bool:
+    import litellm
+
+    router = litellm.Router(
+        model_list=[
+            {
+                "model_name": "a",
+                "litellm_params": {"model": "openai/a", "api_base": "http://127.0.0.1:9", "api_key": "x"},
+            }
+        ]
+    )
+    return list(router.model_names) == ["a"] and len(router.model_list) == 1
+
+
+def bundled_tokenizers_load() -> bool:
+    import tiktoken
+    from litellm.litellm_core_utils.default_encoding import encoding
+
+    return len(encoding.encode("hello")) == 1 and all(
+        tiktoken.get_encoding(name).encode("hello there") for name in ("cl100k_base", "o200k_base", "p50k_base")
+    )
+
+
+CONTRACTS: dict[str, Callable[[], bool]] = {
+    f.__name__: f
+    for f in (
+        app_is_plain_asgi, globals_that_verify_reads, lifespan_reads_config_file_path,
+        custom_auth_is_called_with_request_and_key, both_switches_exist, auth_object_takes_our_fields,
+        a_hash_is_kept_as_it_is, all_proxy_models_is_the_word_for_every_model, hub_download_can_be_turned_off,
+        rust_is_off_for_what_is_open, offline_switches_are_still_read, importing_set_no_event_loop_policy,
+        no_native_resolver, router_has_names_and_deployments, bundled_tokenizers_load,
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    results: dict[str, str] = {"version": litellm_port.version()}
+    for name, contract in CONTRACTS.items():
+        try:
+            results[name] = "holds" if contract() else "does not hold"
+        except Exception as e:
+            results[name] = f"{type(e).__name__}: {e}"
+    print("RESULT " + json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
