@@ -2,7 +2,7 @@
 """Measures the start-up of a gateway behind a name server that drops every query, against LiteLLM's own command.
 
 Both run in a network namespace without a way out. Prints JSON lines: seconds to ready (median of the runs), DNS
-queries, connects beyond the loopback (strace, in runs of their own), the ratio to stock, what the guard costs a look-up.
+queries, connects beyond the loopback (strace, in runs of their own), the ratio to stock, the guard's cost a look-up.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 from moat_gateway import strictyaml
 from moat_gateway.allowlist import AllowList, NotADestination, as_address
 from moat_gateway.errors import BadSetting
+from moat_gateway.strictyaml import Document
 
 PREFIX = "MOAT_"
 SETTINGS_FILE_VARIABLE = "MOAT_SETTINGS_FILE"
@@ -190,7 +191,8 @@ def load(environ: Mapping[str, str], overrides: Mapping[str, str] | None = None)
     """
     named = environ.get(SETTINGS_FILE_VARIABLE)
     path = Path(named) if named else DEFAULT_SETTINGS_FILE
-    from_file = _read_file(path) if named or path.exists() else {}
+    document = _read_file(path) if named or path.exists() else Document({}, {})
+    from_file: Mapping[str, Any] = document.data or {}
     values: dict[str, Any] = {}
     for s in SETTINGS:
         if overrides and overrides.get(s.name) is not None:
@@ -198,15 +200,15 @@ def load(environ: Mapping[str, str], overrides: Mapping[str, str] | None = None)
         elif s.env in environ:
             values[s.name] = _parse(s, environ[s.env], s.env)
         elif s.name in from_file:
-            values[s.name] = _parse(s, from_file[s.name], f"{path}: {s.name}")
+            values[s.name] = _parse(s, from_file[s.name], s.name, str(path), document.line((s.name,)))
     known = {s.env for s in SETTINGS} | {SETTINGS_FILE_VARIABLE}
     return Settings(**values), tuple(sorted(k for k in environ if k.startswith(PREFIX) and k not in known))
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def _read_file(path: Path) -> Document:
     document = strictyaml.read(path, BadSetting)
     if document.data is None:
-        return {}
+        return document
     if not isinstance(document.data, dict):
         raise BadSetting("is not a mapping", expected="lines like `port: 4000`", path=str(path), line=1)
     known = {s.name for s in SETTINGS}
@@ -219,15 +221,20 @@ def _read_file(path: Path) -> Mapping[str, Any]:
                 path=str(path),
                 line=document.line((str(key),)),
             )
-    return document.data
+    return document
 
 
-def _parse(setting: Setting, raw: Any, where: str) -> Any:
+def _parse(setting: Setting, raw: Any, where: str, path: str | None = None, line: int | None = None) -> Any:
     try:
         return _PARSERS[setting.kind](setting, raw)
     except _Unusable as e:
         raise BadSetting(
-            f"{where} cannot be used", found=repr(raw), expected=e.expected, hint=f"set {setting.env} to such a value"
+            f"{where} cannot be used",
+            found=repr(raw),
+            expected=e.expected,
+            hint="correct the line" if path else f"set {setting.env} to such a value",
+            path=path,
+            line=line,
         ) from None
 
 
