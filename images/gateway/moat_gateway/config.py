@@ -272,7 +272,7 @@ class _Checker:
             if isinstance(value, str) and value.startswith(_REFERENCE):
                 resolved = self._resolve(at, value.removeprefix(_REFERENCE))
                 if resolved is not None:
-                    self._destinations(at, resolved)
+                    self._destinations(at, resolved, secret=True)
             elif isinstance(value, str):
                 self._destinations(at, value)
         self._node_pairs(self._data, ())
@@ -308,7 +308,7 @@ class _Checker:
             return None
         return self.secrets[name]
 
-    def _destinations(self, at: Trail, text: str) -> None:
+    def _destinations(self, at: Trail, text: str, *, secret: bool = False) -> None:
         found = list(destinations_of_urls(text))
         key = next((s for s in reversed(at) if isinstance(s, str)), "")
         if not found and "://" not in text and _DESTINATION_KEY.search(key) and text and text[0] not in "/.":
@@ -319,6 +319,9 @@ class _Checker:
         for d in found:
             if isinstance(d, NotADestination):
                 self._outside(at, f"holds a {d}", None)
+            elif not self._allow.allows(d) and secret and "://" not in text:
+                # What looks like a host name may be a password that somebody put there: it is not shown.
+                self._outside(at, "refers to a secret that holds a destination", None)
             elif not self._allow.allows(d):
                 self._outside(at, f"points to {d}", d)
 

@@ -166,6 +166,13 @@ def test_a_secret_that_holds_a_url_is_checked_and_not_shown(secrets_dir: Path) -
     assert "hunter2" not in problems[0].one_line()
 
 
+def test_a_secret_that_could_be_a_password_is_not_shown_as_a_host(secrets_dir: Path) -> None:
+    (secrets_dir / "base").write_text("hunter2")
+    problems = check(GOOD.replace("http://model:8081/v1", "os.environ/BASE"), secrets_dir)[1]
+    assert [type(p) for p in problems] == [EndpointRefused]
+    assert "hunter2" not in problems[0].one_line()
+
+
 def test_an_unreadable_secret_names_the_file(secrets_dir: Path) -> None:
     (secrets_dir / "up_key").unlink()
     (secrets_dir / "up_key").mkdir()

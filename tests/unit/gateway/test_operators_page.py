@@ -30,7 +30,7 @@ CASES: dict[str, tuple[dict[str, str | None], int]] = {
     "outside endpoint": ({"config.yaml": CONFIG.replace("vllm:8000", "api.example.com")}, 8),
     "no api_base": ({"config.yaml": CONFIG.replace("      api_base: http://vllm:8000/v1\n", "")}, 8),
     "no models": ({"config.yaml": "model_list: []\n"}, 9),
-    "database": ({"config.yaml": CONFIG + "general_settings:\n  database_url: os.environ/DB\n", "secrets/db": "x"}, 10),
+    "database": ({"config.yaml": CONFIG + "general_settings:\n  database_url: postgres://127.0.0.1/x\n"}, 10),
     "weaker": ({"config.yaml": CONFIG + "general_settings:\n  custom_auth_run_common_checks: false\n"}, 11),
     "bad keys": ({"keys.yaml": KEYS.replace("[chat-small]", "[]")}, 12),
     "bad setting": ({"gateway.yaml": "egress_allow: [vllm:8000]\nport: http\n"}, 3),
