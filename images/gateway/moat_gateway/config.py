@@ -61,6 +61,19 @@ _CALLBACK_NEEDS = {
 _CALLBACK_LISTS = ("callbacks", "success_callback", "failure_callback", "service_callback", "audit_log_callbacks")
 #: Guardrails that run inside the process.
 _LOCAL_GUARDRAILS = frozenset({"litellm_content_filter", "tool_permission", "prompt_injection", "custom_guardrail"})
+#: Where the configuration may name Python code: it must be of this package, the one that was reviewed.
+_OWN_CODE = "moat_gateway."
+_CODE = (
+    ("general_settings", "custom_key_generate"),
+    ("general_settings", "custom_key_update"),
+    ("general_settings", "custom_key_policy"),
+    ("general_settings", "custom_team_metadata_validate"),
+    ("general_settings", "custom_ui_sso_sign_in_handler"),
+    ("litellm_settings", "post_call_rules"),
+    ("litellm_settings", "custom_provider_map"),
+    ("router_settings", "plugins"),
+    ("mcp_tools",),
+)
 _CACHE_TYPES = frozenset({"local", "redis", "redis-semantic", "qdrant-semantic", "disk", "s3"})
 
 _MODELS = "without it a key's models are not enforced"
@@ -423,7 +436,9 @@ class _Checker:
         for i, guardrail in enumerate(self._data.get("guardrails") or []):
             own = (guardrail.get("litellm_params") if isinstance(guardrail, dict) else None) or {}
             kind = str(own.get("guardrail", ""))
-            if not (kind in _LOCAL_GUARDRAILS or "." in kind or own.get("api_base")):
+            if "." in kind:
+                self._code(("guardrails", i), kind)
+            elif not (kind in _LOCAL_GUARDRAILS or own.get("api_base")):
                 self._report(
                     EndpointRefused,
                     ("guardrails", i),
@@ -450,7 +465,23 @@ class _Checker:
                 hint="choose another cache",
             )
 
+    def _code(self, at: Trail, name: Any) -> None:
+        """Refuse Python code that is not of this package: data must not choose what is executed."""
+        if not (isinstance(name, str) and name.startswith(_OWN_CODE)):
+            self._report(
+                SettingRefused,
+                at,
+                f"{dotted(at)} names Python code",
+                found=str(name)[:100],
+                expected=f"nothing, or a name in {_OWN_CODE.rstrip('.')}",
+                hint="remove it",
+            )
+
     def _callbacks(self) -> None:
+        for where in _CODE:
+            named = self._get(where)
+            for name in named if isinstance(named, list) else [named] if named else []:
+                self._code(where, name)
         settings = self._data.get("litellm_settings") or {}
         for section in _CALLBACK_LISTS:
             names = settings.get(section) or []
@@ -460,15 +491,16 @@ class _Checker:
                     self._report(BadConfig, at, f"{dotted(at)} is not a name", expected="the name of a callback")
                     continue
                 if "." in name:
-                    continue  # an installed Python module; what it connects to is held by the process' own check
-                where = _CALLBACK_NEEDS.get(name)
-                if name not in _LOCAL_CALLBACKS or (where and not self._get(("litellm_settings", *where))):
+                    self._code(at, name)
+                    continue
+                needs = _CALLBACK_NEEDS.get(name)
+                if name not in _LOCAL_CALLBACKS or (needs and not self._get(("litellm_settings", *needs))):
                     self._report(
                         EndpointRefused,
                         at,
                         f"{dotted(at)} ({name}) would call its vendor's cloud",
-                        expected=f"litellm_settings.{'.'.join(where)}"
-                        if where
+                        expected=f"litellm_settings.{'.'.join(needs)}"
+                        if needs
                         else ", ".join(sorted(_LOCAL_CALLBACKS)),
                         hint="remove it, or give the site's own endpoint",
                     )

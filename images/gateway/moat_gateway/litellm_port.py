@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,13 @@ def steering_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 def prepare_environment(
     environ: MutableMapping[str, str], config: CheckedConfig, master_key: str, shutdown_timeout: float
-) -> None:
+) -> Path:
     """Set what LiteLLM reads from the environment. Secrets are set in this process only, at run time.
 
     ``/proc/PID/environ`` shows the environment a process was started with, so what is set here is not in it.
+
+    Returns:
+        The file that was written for LiteLLM; :func:`remove_effective` removes it.
     """
     for name in steering_variables(environ):
         del environ[name]
@@ -84,7 +88,9 @@ def prepare_environment(
         # would set a tracer up that exports nowhere and warns at each request.
         environ["LITELLM_OTEL_V2"] = "True"
     environ["GRACEFUL_SHUTDOWN_TIMEOUT"] = str(max(1, int(shutdown_timeout)))
-    environ["CONFIG_FILE_PATH"] = str(_write_effective(config.effective))
+    written = _write_effective(config.effective)
+    environ["CONFIG_FILE_PATH"] = str(written)
+    return written
 
 
 def _names_otel(effective: Mapping[str, Any]) -> bool:
@@ -116,12 +122,11 @@ def _write_effective(effective: Mapping[str, Any]) -> Path:
     return path
 
 
-def remove_effective(environ: Mapping[str, str]) -> None:
-    """Remove what :func:`prepare_environment` wrote."""
-    path = Path(environ.get("CONFIG_FILE_PATH", ""))
-    if path.parent.name.startswith("moat-gateway-"):
-        path.unlink(missing_ok=True)
-        path.parent.rmdir()
+def remove_effective(written: Path) -> None:
+    """Remove what :func:`prepare_environment` wrote, with its folder."""
+    written.unlink(missing_ok=True)
+    with suppress(OSError):
+        written.parent.rmdir()
 
 
 def version() -> str:

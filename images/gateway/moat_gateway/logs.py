@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -194,7 +195,7 @@ def capture_everything(level: str) -> Log:
             try:
                 view = view[os.write(private, view) :]
             except BlockingIOError:
-                continue
+                select.select([], [private], [], 1.0)
             except OSError:
                 return  # the reader is gone; a gateway goes on without its log rather than fail requests
 

@@ -24,6 +24,7 @@ from moat_gateway.egress import EgressGuard
 from moat_gateway.errors import CannotListen, GatewayError, LiteLLMRefused
 from moat_gateway.keystore import KeyStore
 from moat_gateway.logs import Log, adopt_loggers, capture_everything, where_of
+from moat_gateway.preflight import Checked
 from moat_gateway.settings import Settings
 from moat_gateway.stages import ASGIApp, Message, Receive, Scope, Send
 from moat_gateway.status import State
@@ -46,8 +47,6 @@ def serve(settings: Settings, unknown: tuple[str, ...]) -> int:
         log.event("defect", "error", error=type(e).__name__, where=where_of(e))
         sys.stderr = stderr
         raise
-    finally:
-        litellm_port.remove_effective(os.environ)
 
 
 class _Refused(Exception):
@@ -79,7 +78,19 @@ def _serve(settings: Settings, unknown: tuple[str, ...], log: Log, begun: float)
     ignored = litellm_port.steering_variables(os.environ)
     if ignored:
         log.event("environment.ignored", "warning", names=list(ignored))
-    litellm_port.prepare_environment(os.environ, checked.config, checked.master_key, settings.shutdown_timeout)
+    # Until the event loop takes signals over, an end must still run what is in the `finally` clauses.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    written = litellm_port.prepare_environment(
+        os.environ, checked.config, checked.master_key, settings.shutdown_timeout
+    )
+    try:
+        _serve_checked(settings, checked, log, begun)
+    finally:
+        litellm_port.remove_effective(written)
+    return 0
+
+
+def _serve_checked(settings: Settings, checked: Checked, log: Log, begun: float) -> None:
     guard = EgressGuard(
         settings.allow,
         lambda operation, destination, count: log.event(
@@ -99,7 +110,6 @@ def _serve(settings: Settings, unknown: tuple[str, ...], log: Log, begun: float)
             process = _Process(settings, state, log, begun)
             # A plain asyncio.run: uvloop would open sockets past the egress guard.
             asyncio.run(process.run(litellm_app, public_socket, admin_socket))
-        return 0
     finally:
         admin_socket.close()
         with contextlib.suppress(OSError):

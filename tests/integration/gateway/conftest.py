@@ -31,6 +31,8 @@ def _behave(upstream: Upstream) -> Iterator[None]:
     upstream.behaviour.chunk_delay = 0.0
     upstream.behaviour.fail_with = 0
     upstream.behaviour.error_text = "boom"
+    upstream.behaviour.cut_after = 0
+    upstream.behaviour.without_done = upstream.behaviour.without_usage = False
     upstream.behaviour.seen.clear()
 
 

@@ -140,3 +140,15 @@ def test_a_dead_socket_is_replaced_and_a_live_one_is_not(site: Site, shared: Gat
     assert done.returncode == 13
     assert "another gateway answers" in done.stderr
     assert shared.status()["ready"] is True
+
+
+def test_sigterm_while_it_starts_leaves_nothing_behind(site: Site) -> None:
+    gateway = site.start()
+    deadline = time.monotonic() + 30
+    while not list((site.folder / "tmp").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    gateway.process.send_signal(signal.SIGTERM)
+    assert gateway.process.wait(30) in (0, 143)
+    assert list((site.folder / "tmp").iterdir()) == []
+    assert not (site.folder / "admin.sock").exists()

@@ -32,6 +32,9 @@ class Behaviour:
     chunk_delay: float = 0.0  # seconds between two chunks of a stream
     fail_with: int = 0  # HTTP status to answer with
     error_text: str = "boom"
+    cut_after: int = 0  # chunks after which the connection is cut; 0 for never
+    without_done: bool = False
+    without_usage: bool = False
     seen: list[Seen] = field(default_factory=list)
 
 
@@ -69,7 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not body.get("stream"):
             message = {"role": "assistant", "content": "".join(words)}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self._json(200, {**base, "object": "chat.completion", "choices": [choice], "usage": usage})
+            told = {} if b.without_usage else {"usage": usage}
+            self._json(200, {**base, "object": "chat.completion", "choices": [choice], **told})
             return
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
@@ -81,10 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(b.chunk_delay)
             delta = {"role": "assistant", "content": word}
             self._event({**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+            if b.cut_after == i + 1:
+                self.close_connection = True
+                return
         self._event({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        if (body.get("stream_options") or {}).get("include_usage"):
+        if (body.get("stream_options") or {}).get("include_usage") and not b.without_usage:
             self._event({**base, "choices": [], "usage": usage})
-        self._chunk(b"data: [DONE]\n\n")
+        if not b.without_done:
+            self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
 
     def _event(self, event: dict[str, Any]) -> None:

@@ -137,6 +137,9 @@ REFUSED: list[tuple[str, type[GatewayError], int, str]] = [
         7,
         "tokenizer from a public hub",
     ),
+    (GOOD + "litellm_settings:\n  callbacks: [os.system]\n", SettingRefused, 8, "names Python code"),
+    (GOOD + "router_settings:\n  plugins: [my.router]\n", SettingRefused, 8, "names Python code"),
+    (GOOD + "guardrails:\n  - litellm_params: {guardrail: my.Guard}\n", SettingRefused, 8, "names Python code"),
     (GOOD + "  - model_name: x\n", BadConfig, 7, "not a deployment"),
 ]
 
