@@ -225,3 +225,12 @@ def test_every_page_can_be_reached_from_the_start_page() -> None:
             todo += [page.parent / t for t in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")) if "://" not in t]
     lost = [rel(p) for p in FILES if p.suffix == ".md" and rel(p).startswith("docs/") and p.resolve() not in seen]
     assert lost == []
+
+
+def test_no_test_file_is_passed_over() -> None:
+    """Holds pytest's own list against the tree: a folder's name (``build``, say) can hide its tests."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    collected = {line.partition("::")[0] for line in done.stdout.decode().splitlines() if "::" in line}
+    assert {rel(p) for p in FILES if p.name.startswith("test_") and p.suffix == ".py"} - collected == set()
