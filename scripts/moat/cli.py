@@ -35,8 +35,14 @@ def _parser() -> argparse.ArgumentParser:
                 module = importlib.import_module(f"moat.{room}.{name}")
             except ModuleNotFoundError as e:
                 # In moat.pyz the build half is absent; a test holds both lists against the modules.
-                if e.name not in ("moat.build", f"moat.{room}.{name}"):
+                if e.name in ("moat.build", f"moat.{room}.{name}"):
+                    continue
+                if room == "site" or (e.name or "").startswith("moat"):
                     raise
+                # A checkout without its tools' environment still does all that a site does.
+                parser.epilog = (
+                    f"Without {e.name} there is no `moat {name}` here: run `make setup`, then .venv/bin/moat."
+                )
                 continue
             sub = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
             sub.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else there")
