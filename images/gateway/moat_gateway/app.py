@@ -26,7 +26,7 @@ from moat_gateway.status import State
 def compose(litellm_app: ASGIApp, state: State, log: Log) -> ASGIApp:
     """Return the application that the public port serves."""
     app: ASGIApp = litellm_app
-    app = Identity(app, state.keys.identify, state.counters)
+    app = Identity(app, state.keys.identify, state.counters, state.keys.recheck)
     app = Meter(app, state.counters, log)
     app = Probes(app, state.not_ready)
     return Correlation(app, log)

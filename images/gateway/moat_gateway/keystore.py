@@ -93,6 +93,17 @@ class KeyStore:
                 self._log_loaded()
             return True
 
+    async def recheck(self) -> bool:
+        """Read the file at once if it changed since the last look; return whether it was read.
+
+        For a key that nobody knows: it may be younger than the last poll, and the first request with a new key is
+        the one that a person makes by hand. A refusal costs one ``stat`` more.
+        """
+        if _stamp(self._path) == self._seen:
+            return False
+        await asyncio.to_thread(self.refresh)
+        return True
+
     async def poll(self, interval: float) -> None:
         """Look at the file every ``interval`` seconds, for ever; reading happens off the event loop."""
         while True:

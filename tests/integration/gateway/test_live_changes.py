@@ -42,11 +42,11 @@ def test_keys_while_running_and_the_end(gateway: Gateway, upstream: Upstream) ->
     site = gateway.site
     path = site.folder / "keys.yaml"
 
-    # A new key counts within a second, a revoked one no longer.
+    # A new key counts from its first request, a revoked one no longer within a second.
     secret = site.new_key("new", "t")
-    assert seconds_until(gateway, secret, 200) < 1.0
+    assert ask(gateway, secret).status == 200
     other = site.new_key("other", "t")
-    assert seconds_until(gateway, other, 200) < 1.0
+    assert ask(gateway, other).status == 200
     assert site.command("keys", "revoke", "other").returncode == 0
     assert seconds_until(gateway, other, 401) < 1.0
 

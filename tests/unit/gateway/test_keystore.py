@@ -99,6 +99,13 @@ def test_the_poll_sees_a_change_by_itself(s: Store) -> None:
     assert asyncio.run(run())
 
 
+def test_an_unknown_key_has_a_changed_file_read_at_once(s: Store) -> None:
+    assert asyncio.run(s.store.recheck()) is False  # nothing changed: nothing is read
+    s.path.write_text(s.path.read_text() + "# changed\n")
+    assert asyncio.run(s.store.recheck()) is True
+    assert asyncio.run(s.store.recheck()) is False
+
+
 def test_without_a_good_file_there_is_no_beginning(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "none.yaml", "0" * 64, Log(lambda _line: None))
     with pytest.raises(BadKeys, match="cannot be read"):

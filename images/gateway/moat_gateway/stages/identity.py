@@ -8,7 +8,7 @@ both see the same person even if a request carries several key headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from moat_gateway.context import current
 from moat_gateway.keys import Identity as Person
@@ -42,18 +42,30 @@ def presented_secret(scope: Scope) -> str | None:
     return None
 
 
+async def _nothing_new() -> bool:
+    return False
+
+
 class Identity:
     """Finds out who asks, or refuses.
 
     Args:
         app: the stage behind.
         identify: says whose secret this is.
+        recheck: before an unknown key is refused: looks whether there are newer keys, and says so.
         counters: refusals are counted there.
     """
 
-    def __init__(self, app: ASGIApp, identify: Callable[[str], Person | Verdict], counters: Counters) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        identify: Callable[[str], Person | Verdict],
+        counters: Counters,
+        recheck: Callable[[], Awaitable[bool]] = _nothing_new,
+    ) -> None:
         self._app = app
         self._identify = identify
+        self._recheck = recheck
         self._counters = counters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +79,8 @@ class Identity:
             return
         secret = presented_secret(scope)
         who = self._identify(secret) if secret is not None else None
+        if secret is not None and who is Verdict.UNKNOWN and await self._recheck():
+            who = self._identify(secret)
         if isinstance(who, Person):
             context = current.get()
             assert context is not None  # noqa: S101 - the correlation stage is in front
