@@ -79,7 +79,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class RequestResult:
-    """One first request: ``kind`` (chat, stream, embeddings, models, ui, metrics), HTTP ``status`` (0: none), and a word."""
+    """One first request: ``kind`` (chat, stream, embeddings, models, ui, metrics), HTTP ``status`` (0: none), word."""
 
     kind: str
     status: int
@@ -117,7 +117,7 @@ class Report:
 
     @property
     def proven(self) -> bool:
-        """Whether enough was measured: some layer of packets or system calls, and every available one caught its control."""
+        """Whether enough was measured: packets or system calls, and every available layer caught its control."""
         able = [layer for layer in self.layers if layer.available]
         return (
             any(layer.name in ("packets", "syscalls") for layer in able)
