@@ -135,7 +135,7 @@ def foreign_imports(text: str) -> set[str]:
     }
 
 
-SITE_SIDE = [p for p in FILES if re.fullmatch(r"scripts/moat/(site/)?\w+\.py", rel(p))]
+SITE_SIDE = [p for p in FILES if re.fullmatch(r"scripts/moat/(site/(\w+/)?)?\w+\.py", rel(p))]
 
 
 @pytest.mark.parametrize("path", SITE_SIDE, ids=rel)
