@@ -42,7 +42,7 @@ class MoatError(Exception):
         self.path = path
 
     def to_dict(self) -> dict[str, str | None]:
-        """Return the fields of one entry of ``problems`` (architecture, section 9)."""
+        """Return the fields of one entry of ``problems`` (architecture, section 10)."""
         return {
             "kind": self.kind,
             "path": self.path,

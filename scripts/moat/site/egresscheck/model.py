@@ -2,7 +2,7 @@
 """What crosses the boundaries inside the egress verification, and the verdict.
 
 The fields of :class:`Report` that ``to_dict`` writes are the contract of ``egress-report.json``
-(docs/architecture.md, section 9). A *layer* watches one kind of trace that an attempt to leave can
+(docs/architecture.md, section 10). A *layer* watches one kind of trace that an attempt to leave can
 make; a *site* is a running deployment (systemd or Compose) that can be restarted inside the capture.
 """
 
