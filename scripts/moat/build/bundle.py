@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,13 @@ def listed_as(kind: str, entry: LockedFile, license_: str | None = None) -> List
     return Listed(kind, entry.name, entry.version, license_ or entry.license, entry.source, entry.sha256)
 
 
+def requirements_text(name: str, entries: Iterable[tuple[str, str, str]]) -> str:
+    """Return a requirements file of exact versions; ``entries`` are (package, version, sha256)."""
+    lines = sorted(f"{package}=={version} --hash=sha256:{sha256}\n" for package, version, sha256 in entries)
+    command = f"pip install --no-index --no-deps --require-hashes --find-links . -r {name}"
+    return f"# Install: {command}\n" + "".join(lines)
+
+
 class Assembly:
     """One bundle under way.
 
@@ -116,22 +123,24 @@ class Assembly:
                 "image", f"moat/{recipe.name}", self.info.version, "NOASSERTION", f"moat:images/{recipe.name}"
             )
 
+    def wheels(self) -> list[LockedFile]:
+        """Return every locked wheel of the folder ``wheels/``: the gateway's, the control environment's, pip."""
+        found = {e.filename: e for use in ("wheelhouse", "control", "installer") for e in self.workshop.wheels(use)}
+        return [found[name] for name in sorted(found)]
+
     def add_wheels(self) -> None:
-        """Copy the wheel house of the target's Python, our own wheel, and a hashed requirements.txt."""
-        lines = ["# Install: pip install --no-index --no-deps --require-hashes --find-links . -r requirements.txt\n"]
-        for e in self.workshop.wheels("wheelhouse"):
-            self.put(
-                f"wheels/{e.filename}",
-                self.workshop.cache.require(e),
-                listed_as("wheel", e),
-            )
-            lines.append(f"{e.name}=={e.version} --hash=sha256:{e.sha256}\n")
+        """Copy the wheels of the target's Python, our own wheel, and a hashed list for each of the two environments."""
+        for e in self.wheels():
+            self.put(f"wheels/{e.filename}", self.workshop.cache.require(e), listed_as("wheel", e))
         own = self.workshop.project_wheel("images/gateway")
         version = own.name.split("-")[1]
         self.put(f"wheels/{own.name}", own, Listed("wheel", "moat-gateway", version, OURS, "moat:images/gateway"))
-        lines.append(f"moat-gateway=={version} --hash=sha256:{sha256_file(own)}\n")
-        text = lines[0] + "".join(sorted(lines[1:]))
-        self.put("wheels/requirements.txt", text.encode("utf-8"), self._ours("index", "wheels"))
+        gateway = [(e.name, e.version, e.sha256) for e in self.workshop.wheels("wheelhouse")]
+        gateway.append(("moat-gateway", version, sha256_file(own)))
+        control = [(e.name, e.version, e.sha256) for e in self.workshop.wheels("control")]
+        for name, entries in (("requirements.txt", gateway), ("control-requirements.txt", control)):
+            text = requirements_text(name, entries).encode("utf-8")
+            self.put(f"wheels/{name}", text, self._ours("index", "wheels"))
 
     def add_debs(self) -> None:
         """Write the apt repository of what site hosts install."""
@@ -172,10 +181,12 @@ class Assembly:
                 return e
         raise BuildFailed(f"the lock lacks the wheel {name}", hint="run `moat lock`")
 
-    def add_tree(self, source: Path, place: str, kind: str) -> None:
-        """Copy a folder of this repository."""
+    def add_tree(self, source: Path, place: str, kind: str, *, without: Sequence[str] = ()) -> None:
+        """Copy a folder of this repository; ``without`` names paths below it, files or folders, that stay behind."""
         for path in source_files(source):
             relative = path.relative_to(source).as_posix()
+            if any(relative == w or relative.startswith(f"{w}/") for w in without):
+                continue
             executable = path.stat().st_mode & 0o100
             self.put(f"{place}/{relative}", path, self._ours(kind, place), mode=0o755 if executable else 0o644)
 
@@ -228,7 +239,7 @@ class Assembly:
                 source_date_epoch=epoch,
             )
             self.put(f"sbom/image-{image.recipe.name}.cdx.json", data, self._ours("sbom", f"image-{image.recipe.name}"))
-        wheels = [wheel_component(e, shop.cache.require(e)) for e in shop.wheels("wheelhouse")]
+        wheels = [wheel_component(e, shop.cache.require(e)) for e in self.wheels()]
         debs = [self.deb(d) for d in shop.debs("host")]
         for name, parts in (("wheels", wheels), ("debs", debs)):
             self.components += parts
@@ -247,11 +258,26 @@ class Assembly:
             self.put(f"sources/minio-{e.version}.zip", self.workshop.cache.require(e), listed)
 
     def add_top(self) -> None:
-        """Write moat.pyz, README.txt, and copy compose/ and docs/."""
+        """Write moat.pyz and README.txt; copy install.sh, ansible/, compose/ and docs/.
+
+        Raises:
+            BuildFailed: the installer is missing from the checkout.
+        """
         build_pyz(self.folder / "moat.pyz", self.workshop.epoch)
         self.listed["moat.pyz"] = self._ours("program", "moat")
         self.put("README.txt", readme_text(self.info).encode("utf-8"), self._ours("doc", "readme"))
         self.put("LICENSE.txt", ROOT / "LICENSE", self._ours("doc", "license"))
+        installer = ROOT / "ansible" / "install.sh"
+        if not installer.is_file():
+            raise BuildFailed(
+                "the installer is missing from the checkout",
+                found="no ansible/install.sh",
+                hint="restore it from git; a bundle without it cannot be installed from a medium",
+                path=str(installer),
+            )
+        # Beside the README, where an operator looks for it; the playbooks stay in their folder.
+        self.put("install.sh", installer, self._ours("program", "install"), mode=0o755)
+        self.add_tree(ROOT / "ansible", "ansible", "ansible", without=["install.sh", "tests"])
         for name, kind in (("compose", "compose"), ("docs", "doc")):
             if (ROOT / name).is_dir():
                 self.add_tree(ROOT / name, name, kind)
@@ -365,7 +391,7 @@ def build_bundle(workshop: Workshop, info: BundleInfo, folder: Path) -> Manifest
     with console.step("SBOMs and notices"):
         work.add_sboms()
         work.add_sources()
-    with console.step("moat.pyz, compose, docs"):
+    with console.step("moat.pyz, install.sh, ansible, compose, docs"):
         work.add_top()
     with console.step("manifest"):
         manifest = work.write_manifest()

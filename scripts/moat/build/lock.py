@@ -91,7 +91,9 @@ def lock_wheels(context: Context) -> list[LockedFile]:
         # checked again on what it took.
         told = any(f.uploaded for f in index.files(Requirement(s.requirements[0]).name))
         before = context.policy.newest_allowed(context.now) if told else {}
-        kept = [e for e in old if set(s.uses) & set(e.uses)]
+        # What another set has locked is taken too where it fits: one file on the medium instead of two.
+        own = [e for e in old if set(s.uses) & set(e.uses)]
+        kept = own + [e for e in old if e.name not in {o.name for o in own}]
         pinned = wheels.compile_requirements(
             s, url, context.cache.root / "uv", context.console, before=before, prefer=kept
         )
