@@ -98,8 +98,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One thing that was done, for the timeline. ``when`` as in :class:`Attempt`."""
+
+    when: str
+    what: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """The whole evidence. ``rules`` are the packet filter's rules in force, as text."""
+    """The whole evidence.
+
+    ``rules`` are the packet filter's rules in force, as text; ``allowed`` is the allow-list; ``host`` holds facts that
+    are no part of the verdict (``command``, ``kernel``, the host's own name servers, ...). ``attempts`` holds no controls.
+    """
 
     site: str
     started: str
@@ -114,6 +126,8 @@ class Report:
     rules: str = ""
     problems: tuple[str, ...] = ()
     host: dict[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    allowed: tuple[str, ...] = ()
 
     @property
     def proven(self) -> bool:
