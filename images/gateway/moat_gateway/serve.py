@@ -24,6 +24,7 @@ from moat_gateway.egress import EgressGuard
 from moat_gateway.errors import CannotListen, GatewayError, LiteLLMRefused
 from moat_gateway.keystore import KeyStore
 from moat_gateway.logs import Log, adopt_loggers, capture_everything, where_of
+from moat_gateway.notify import Notifier
 from moat_gateway.preflight import Checked
 from moat_gateway.settings import Settings
 from moat_gateway.stages import ASGIApp, Message, Receive, Scope, Send
@@ -98,6 +99,8 @@ def _serve_checked(settings: Settings, checked: Checked, log: Log, begun: float)
         ),
     )
     guard.install()
+    notifier = Notifier(os.environ)
+    notifier.status("loading LiteLLM")
     store = KeyStore(settings.keys, checked.master_sha256, log)
     store.load_first()
     state = State(settings, checked.config, store, guard)
@@ -107,7 +110,7 @@ def _serve_checked(settings: Settings, checked: Checked, log: Log, begun: float)
         with _public_socket(settings) as public_socket:
             litellm_app = litellm_port.import_app()
             adopt_loggers(log)
-            process = _Process(settings, state, log, begun)
+            process = _Process(settings, state, log, begun, notifier)
             # A plain asyncio.run: uvloop would open sockets past the egress guard.
             asyncio.run(process.run(litellm_app, public_socket, admin_socket))
     finally:
@@ -137,7 +140,8 @@ def _public_socket(settings: Settings) -> Generator[socket.socket]:
 class _Process:
     """The two servers of one event loop, and the way they end."""
 
-    def __init__(self, settings: Settings, state: State, log: Log, begun: float) -> None:
+    def __init__(self, settings: Settings, state: State, log: Log, begun: float, notifier: Notifier) -> None:
+        self._notifier = notifier
         self._settings = settings
         self._state = state
         self._log = log
@@ -225,10 +229,12 @@ class _Process:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             asked = time.monotonic()
+            running = self._state.counters.in_flight
+            self._notifier.stopping(f"finishing {running} requests, {self._settings.shutdown_timeout:g} s at most")
             self._log.event(
                 "shutdown.begin",
                 signal=self._signal,
-                in_flight=self._state.counters.in_flight,
+                in_flight=running,
                 active_streams=self._state.counters.active_streams,
             )
             # Requests are still taken for a moment, so that probes and nginx see the 503 before the port closes.
@@ -308,6 +314,7 @@ class _Process:
             seconds=state.start_seconds,
             address=f"{self._settings.host}:{self._settings.port}",
         )
+        self._notifier.ready(f"serving {len(litellm_port.models())} models on port {self._settings.port}")
 
     def _loop_exception(self, _loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         error = context.get("exception")
