@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from moat_gateway.notify import VARIABLE, Notifier
 
 
