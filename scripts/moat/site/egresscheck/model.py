@@ -110,7 +110,7 @@ class Report:
     """The whole evidence.
 
     ``rules`` are the packet filter's rules in force, as text; ``allowed`` is the allow-list; ``host`` holds facts that
-    are no part of the verdict (``command``, ``kernel``, the host's own name servers, ...). ``attempts`` holds no controls.
+    are no part of the verdict (``command``, ``kernel``, the host's own name servers). ``attempts`` holds no controls.
     """
 
     site: str

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the evidence says, in words: the verdict with its reasons, and thousands of attempts as few groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from moat.site.egresscheck.model import Attempt, Report
+
+
+class Word(Enum):
+    """The verdict in one word."""
+
+    PASS = "PASS"  # noqa: S105 - a word, not a secret
+    FAIL = "FAIL"
+    NOT_PROVEN = "NOT PROVEN"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the reviewer reads first.
+
+    Attributes:
+        word: the verdict.
+        sentence: what it means.
+        reasons: why, one sentence each; for a pass, what it rests on.
+        mind: what was not available, one sentence each; a pass may have some.
+    """
+
+    word: Word
+    sentence: str
+    reasons: tuple[str, ...]
+    mind: tuple[str, ...]
+
+
+def verdict(report: Report) -> Verdict:
+    """Say in words what :attr:`Report.ok` says: something found, nothing proven, or a pass."""
+    found = _found(report)
+    lacking = _lacking(report)
+    mind = tuple(
+        f"The layer “{layer.name}” is not available on this host: {layer.why}"
+        for layer in report.layers
+        if not layer.available
+    )
+    if found:
+        return Verdict(Word.FAIL, "This site does not keep to itself.", (*found, *lacking), mind)
+    if lacking:
+        return Verdict(
+            Word.NOT_PROVEN,
+            "Nothing was found, but this run does not prove that there is nothing to find.",
+            lacking,
+            mind,
+        )
+    layers = [layer.name for layer in report.layers if layer.available]
+    return Verdict(
+        Word.PASS,
+        "Nothing tried to leave this site.",
+        (
+            f"{_count(len(report.components), 'component')} were watched from start to first requests and through "
+            f"{report.quiet_seconds:g} seconds of quiet; not one attempt was seen.",
+            f"The watching worked: each of {_count(len(layers), 'layer')} ({', '.join(layers)}) caught the attempt "
+            "that was made on purpose to test it.",
+            f"{_count(len(report.endpoints), 'address', 'addresses')} of the configuration are all on the allow-list "
+            f"or the site's own; {_count(len(report.probes), 'further probe')} held.",
+        ),
+        mind,
+    )
+
+
+def _found(report: Report) -> tuple[str, ...]:
+    sentences = []
+    for component, groups in by_component(report.attempts).items():
+        shown = ", ".join(g.destination for g in groups[:3])
+        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+        who = "A process of no known component" if component == "unknown" else component
+        sentences.append(f"{who} tried to reach {shown}{more}.")
+    sentences += [
+        f"The configuration names {e.url} ({e.setting}), which is not on the allow-list."
+        for e in report.endpoints
+        if not e.allowed
+    ]
+    sentences += [f"The probe “{p.name}” found: {p.found}; expected: {p.expected}." for p in report.probes if not p.ok]
+    return tuple(sentences)
+
+
+def _lacking(report: Report) -> tuple[str, ...]:
+    sentences = [_sentence(problem) for problem in report.problems]
+    able = [layer for layer in report.layers if layer.available]
+    if not any(layer.name in ("packets", "syscalls") for layer in able):
+        sentences.append("Neither packets nor system calls could be watched on this host.")
+    sentences += [
+        f"The layer “{layer.name}” did not catch the attempt that was made on purpose to test it: {layer.why}"
+        for layer in able
+        if not layer.control_caught
+    ]
+    return tuple(sentences)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
+
+
+@dataclass
+class Group:
+    """Every sighting of one destination by one component.
+
+    Attributes:
+        seen: sightings by layer.
+        processes: sightings by the process's name, or what the layer knew instead.
+        pids: the process ids, where a layer knew them.
+        details: the first of each layer's words.
+    """
+
+    component: str
+    destination: str
+    first: str
+    last: str
+    seen: dict[str, int] = field(default_factory=dict)
+    processes: dict[str, int] = field(default_factory=dict)
+    pids: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+    @property
+    def sightings(self) -> int:
+        """Of all layers together: one attempt may be seen by several."""
+        return sum(self.seen.values())
+
+
+def by_component(attempts: Iterable[Attempt]) -> dict[str, list[Group]]:
+    """Group attempts by component and destination, each in the order of its first sighting."""
+    groups: dict[tuple[str, str], Group] = {}
+    for a in sorted(attempts, key=lambda a: a.when):
+        group = groups.setdefault(
+            (a.component, a.destination), Group(a.component, a.destination, first=a.when, last=a.when)
+        )
+        group.last = a.when
+        group.seen[a.layer] = group.seen.get(a.layer, 0) + 1
+        pid, slash, name = a.process.partition("/")
+        if slash and pid.isdecimal():
+            if pid not in group.pids:
+                group.pids.append(pid)
+        else:
+            name = a.process
+        group.processes[name] = group.processes.get(name, 0) + 1
+        if a.detail and a.detail not in group.details and len(group.details) < 3:
+            group.details.append(a.detail)
+    found: dict[str, list[Group]] = {}
+    for group in groups.values():
+        found.setdefault(group.component, []).append(group)
+    return found
