@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Final
 
 from moat.site.egresscheck.model import LayerResult, Report
-from moat.site.egresscheck.verdict import Group, Verdict, by_component, verdict
+from moat.site.egresscheck.verdict import Group, Verdict, by_component, count, verdict
 
 JSON_NAME: Final = "egress-report.json"
 #: Longest text of one value; the rest is in the JSON file.
@@ -56,6 +56,7 @@ p{margin:.5rem 0;max-width:48rem}
 .verdict{margin:1.25rem 0;padding:1rem 1.25rem;border:.3rem solid #000;border-radius:.25rem}
 .verdict p{margin:.25rem 0}
 .verdict ul{margin:.5rem 0 0;padding-left:1.25rem}
+p,li{overflow-wrap:anywhere}
 .word{font-size:2rem;font-weight:800;letter-spacing:.03em;line-height:1.2}
 .pass{border-color:#0b6b2e}.pass .word{color:#0b6b2e}
 .fail{border-color:#a30000;border-style:double;border-width:.6rem}.fail .word{color:#a30000}
@@ -67,7 +68,9 @@ thead th{background:#eee;overflow-wrap:normal}
 tbody th{font-weight:600}
 .bad{font-weight:700}
 .bad::before{content:"\\25B6\\00A0"}
-.when{white-space:nowrap;font-variant-numeric:tabular-nums}
+.short{white-space:nowrap;width:1%;font-variant-numeric:tabular-nums}
+.fixed{table-layout:fixed}
+.fixed th:nth-child(1){width:32%}.fixed th:nth-child(2){width:28%}.fixed th:nth-child(3){width:20%}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.85em}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #8a8a8a;padding:.75rem;margin:.75rem 0 0}
 dl{display:grid;grid-template-columns:minmax(8rem,14rem) 1fr;gap:.25rem 1rem;margin:.75rem 0;font-size:.9rem}
@@ -75,12 +78,13 @@ dt{font-weight:600}
 dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:40rem){
 body{padding:1rem .75rem 3rem}
-table,tbody,tr,td,tbody th{display:block;width:100%}
+table,caption,tbody,tr,td,tbody th,.fixed tbody th:nth-child(1){display:block;width:100%}
 thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-tr{border:1px solid #8a8a8a;margin:.5rem 0}
-td,tbody th{border:0;border-bottom:1px solid #ddd}
-[data-label]::before{content:attr(data-label);display:block;font-weight:600;font-size:.8rem;color:#444}
-.when{white-space:normal}
+tr{border:1px solid #8a8a8a;margin:.5rem 0;padding:.25rem 0}
+td,tbody th{border:0;padding:.1rem .5rem}
+td:empty{display:none}
+td::before{content:attr(data-label) ": ";font-weight:600;color:#444}
+.short{white-space:normal;width:100%}
 dl{display:block}dd{margin:0 0 .5rem}
 }
 @media print{
@@ -100,7 +104,7 @@ def say(value: object, longest: int = LONGEST) -> str:
     text = str(value)
     cut = len(text) - longest
     shown = "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text[:longest]
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text[:longest]
     )
     return html.escape(shown) + (f" <em>… ({cut} more characters: {JSON_NAME})</em>" if cut > 0 else "")
 
@@ -141,7 +145,7 @@ def _head(report: Report, judged: Verdict) -> str:
     return (
         "<header>\n<h1>Does anything try to leave this site?</h1>\n"
         f'<p class="lead">Moat{" on <strong>" + say(where) + "</strong>" if where else ""}, '
-        f"{say(_site(report.site))}; measured {_moment(report.started)} to {_moment(report.ended)} (UTC).</p>\n"
+        f"{say(_site(report.site))}; measured {_span(report.started, report.ended)} (UTC).</p>\n"
         f'<section class="verdict {kind}" aria-label="Verdict">\n<p class="word">{say(judged.word.value)}</p>\n'
         f"<p><strong>{say(judged.sentence)}</strong></p>\n"
         f"<ul>{''.join(f'<li>{say(r)}</li>' for r in judged.reasons)}</ul>\n"
@@ -159,12 +163,13 @@ def _done(report: Report) -> str:
         "<p>Every service of the site was restarted while the layers below watched what its processes do, so that "
         "the start itself is in the picture. Then each kind of request was sent once through the public port, and "
         f"nothing was done for {report.quiet_seconds:g} seconds. For each layer one attempt to leave was made on "
-        "purpose, towards an address that is reserved for documentation: a layer that does not see it proves nothing.</p>"
+        "purpose, towards an address that is reserved for documentation: a layer that does not see it proves "
+        "nothing.</p>"
     )
     rows = [[_moment(s.when), say(s.what)] for s in report.steps]
     return _section(
         "What was done",
-        text + (_table("Steps, in their order", ("When (UTC)", "What"), rows, when=(0,)) if rows else ""),
+        text + (_table("Steps, in their order", ("When (UTC)", "What"), rows, short=(0,)) if rows else ""),
     )
 
 
@@ -182,11 +187,12 @@ def _tried(report: Report) -> str:
         ("Component", "Unit or container", "User id", "Address", "Attempts"),
         rows,
         head=0,
+        short=(0, 2),
     )
     if not found:
         return _section("What was tried", "<p><strong>Nothing.</strong> No component made an attempt.</p>" + out)
     for name, groups in found.items():
-        out += f"<h3>{say(name)}</h3>" + _groups(name, groups)
+        out += f"<h3>{say(name)}</h3>" + _groups(groups)
     return _section(
         "What was tried",
         "<p>Each line is one destination. One attempt may be seen by several layers, so that their numbers are not "
@@ -197,11 +203,11 @@ def _tried(report: Report) -> str:
 def _tally(groups: Sequence[Group]) -> str:
     if not groups:
         return "none"
-    sightings = sum(g.sightings for g in groups)
-    return f'<span class="bad">{len(groups)} destination{"s"[: len(groups) != 1]}, seen {sightings} times</span>'
+    seen = sum(g.sightings for g in groups)
+    return f'<span class="bad">{count(len(groups), "destination")}, seen {count(seen, "time")}</span>'
 
 
-def _groups(name: str, groups: Sequence[Group]) -> str:
+def _groups(groups: Sequence[Group]) -> str:
     rows = []
     for g in groups[:MOST_ROWS]:
         who = ", ".join(say(p, 80) for p in list(g.processes)[:5])
@@ -209,17 +215,17 @@ def _groups(name: str, groups: Sequence[Group]) -> str:
             who += f" and {len(g.processes) - 5} more"
         if g.pids:
             more = f" and {len(g.pids) - 5} more" if len(g.pids) > 5 else ""
-            who += f" (process {', '.join(g.pids[:5])}{more})"
+            who += f" (process {', '.join(list(g.pids)[:5])}{more})"
         seen = ", ".join(f"{say(layer)}: {n}" for layer, n in g.seen.items())
         detail = "".join(f"<br>{say(d)}" for d in g.details)
         last = "" if g.last == g.first else f"<br>last {_moment(g.last)}"
         rows.append([say(g.destination), who, f"{_moment(g.first)}{last}", seen + detail])
     out = _table(
-        f"Tried by {name}",
+        count(len(groups), "destination"),
         ("To where", "By which process", "When (UTC)", "Seen by, how often"),
         rows,
         head=0,
-        when=(2,),
+        fixed=True,
     )
     rest = groups[MOST_ROWS:]
     if rest:
@@ -242,7 +248,7 @@ def _endpoints(report: Report) -> str:
         f"<p>Every address that the effective configuration names. The allow-list of the site: {allowed}. The host "
         "itself and the site's own services are always on the list.</p>"
         + (
-            _table("Addresses in the configuration", ("Address", "Named by", "Allow-list"), rows)
+            _table("Addresses in the configuration", ("Address", "Named by", "Allow-list"), rows, short=(2,))
             if rows
             else "<p>None.</p>"
         ),
@@ -257,7 +263,11 @@ def _layers(report: Report) -> str:
     return _section(
         "How it was watched",
         _table(
-            "Layers", ("Layer", "Control", "What the control was, or why not", "Sees", "Does not see"), rows, head=0
+            "Layers",
+            ("Layer", "Control", "What the control was, or why not", "Sees", "Does not see"),
+            rows,
+            head=0,
+            short=(0,),
         ),
     )
 
@@ -277,7 +287,9 @@ def _requests(report: Report) -> str:
         "First requests",
         "<p>A program often calls home on its first use, not at its start: so each kind of request was made once.</p>"
         + (
-            _table("Requests", ("Kind", "Status", "Outcome", "Note"), rows, head=0) if rows else "<p>None was sent.</p>"
+            _table("Requests", ("Kind", "Status", "Outcome", "Note"), rows, head=0, short=(0, 1, 2))
+            if rows
+            else "<p>None was sent.</p>"
         ),
     )
 
@@ -290,7 +302,9 @@ def _probes(report: Report) -> str:
     ]
     return _section(
         "Further probes",
-        _table("What the deployment must not allow", ("Probe", "Outcome", "Found", "Expected"), rows, head=0),
+        _table(
+            "What the deployment must not allow", ("Probe", "Outcome", "Found", "Expected"), rows, head=0, short=(1,)
+        ),
     )
 
 
@@ -355,15 +369,23 @@ def _moment(when: str) -> str:
         return say(when, 40)
 
 
+def _span(start: str, end: str) -> str:
+    """Return two moments, the day once where it is the same."""
+    first, last = _moment(start), _moment(end)
+    return f"{first} to {last.removeprefix(first[:11])}"
+
+
 def _table(
     caption: str,
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
     head: int | None = None,
-    when: tuple[int, ...] = (),
+    short: tuple[int, ...] = (),
+    fixed: bool = False,
 ) -> str:
-    """Return a table of cells that are HTML already; ``head`` is the column that names the row.
+    """Return a table of cells that are HTML already; ``head`` is the column that names the row, ``short`` are
+    those that are never wrapped, ``fixed`` gives the columns widths that long values cannot change.
 
     On a phone each row becomes a block and each cell shows its column's name; the roles keep it a table for
     programs that read it aloud.
@@ -374,11 +396,11 @@ def _table(
         cells = ""
         for i, cell in enumerate(row):
             tag, extra = ("th", ' scope="row" role="rowheader"') if i == head else ("td", ' role="cell"')
-            mark = ' class="when"' if i in when else ""
+            mark = ' class="short"' if i in short else ""
             cells += f'<{tag}{extra}{mark} data-label="{say(columns[i])}">{cell}</{tag}>'
         lines.append(f'<tr role="row">{cells}</tr>')
     return (
-        f'<table role="table"><caption>{say(caption)}</caption>\n'
+        f'<table role="table"{" class=fixed" if fixed else ""}><caption>{say(caption)}</caption>\n'
         f'<thead role="rowgroup"><tr role="row">{titles}</tr></thead>\n'
         f'<tbody role="rowgroup">{"".join(lines)}</tbody></table>'
     )

@@ -45,7 +45,9 @@ def verdict(report: Report) -> Verdict:
         if not layer.available
     )
     if found:
-        return Verdict(Word.FAIL, "This site does not keep to itself.", (*found, *lacking), mind)
+        tried = "Something tried to leave this site."
+        open_ = "Nothing tried to leave, but the site is not closed as it should be."
+        return Verdict(Word.FAIL, tried if report.attempts else open_, (*found, *lacking), mind)
     if lacking:
         return Verdict(
             Word.NOT_PROVEN,
@@ -58,12 +60,12 @@ def verdict(report: Report) -> Verdict:
         Word.PASS,
         "Nothing tried to leave this site.",
         (
-            f"{_count(len(report.components), 'component')} were watched from start to first requests and through "
+            f"{count(len(report.components), 'component')} were watched from start to first requests and through "
             f"{report.quiet_seconds:g} seconds of quiet; not one attempt was seen.",
-            f"The watching worked: each of {_count(len(layers), 'layer')} ({', '.join(layers)}) caught the attempt "
+            f"The watching worked: each of {count(len(layers), 'layer')} ({', '.join(layers)}) caught the attempt "
             "that was made on purpose to test it.",
-            f"{_count(len(report.endpoints), 'address', 'addresses')} of the configuration are all on the allow-list "
-            f"or the site's own; {_count(len(report.probes), 'further probe')} held.",
+            f"{count(len(report.endpoints), 'address', 'addresses')} of the configuration are all on the allow-list "
+            f"or the site's own; {count(len(report.probes), 'further probe')} held.",
         ),
         mind,
     )
@@ -72,7 +74,7 @@ def verdict(report: Report) -> Verdict:
 def _found(report: Report) -> tuple[str, ...]:
     sentences = []
     for component, groups in by_component(report.attempts).items():
-        shown = ", ".join(g.destination for g in groups[:3])
+        shown = ", ".join(_short(g.destination) for g in groups[:3])
         more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
         who = "A process of no known component" if component == "unknown" else component
         sentences.append(f"{who} tried to reach {shown}{more}.")
@@ -98,11 +100,16 @@ def _lacking(report: Report) -> tuple[str, ...]:
     return tuple(sentences)
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def _count(number: int, one: str, many: str = "") -> str:
+def count(number: int, one: str, many: str = "") -> str:
+    """Return ``1 thing`` or ``3 things``."""
     return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
 
 
@@ -123,7 +130,7 @@ class Group:
     last: str
     seen: dict[str, int] = field(default_factory=dict)
     processes: dict[str, int] = field(default_factory=dict)
-    pids: list[str] = field(default_factory=list)
+    pids: dict[str, None] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)
 
     @property
@@ -143,8 +150,7 @@ def by_component(attempts: Iterable[Attempt]) -> dict[str, list[Group]]:
         group.seen[a.layer] = group.seen.get(a.layer, 0) + 1
         pid, slash, name = a.process.partition("/")
         if slash and pid.isdecimal():
-            if pid not in group.pids:
-                group.pids.append(pid)
+            group.pids[pid] = None
         else:
             name = a.process
         group.processes[name] = group.processes.get(name, 0) + 1
