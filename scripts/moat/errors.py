@@ -143,6 +143,30 @@ class FirewallFailed(MoatError):
     exit_code, kind = 23, "firewall-failed"
 
 
+class EgressFound(MoatError):
+    """Something tried to leave, a named endpoint is not allowed, or a probe does not hold (`moat egress verify`)."""
+
+    exit_code, kind = 24, "egress-found"
+
+
+class EgressUnproven(MoatError):
+    """Nothing can be said: a positive control was not caught, or nothing could be measured (`moat egress verify`)."""
+
+    exit_code, kind = 25, "egress-unproven"
+
+
+class StageFailed(MoatError):
+    """A release could not be brought into the store (`moat stage`, `pack`, `program`, `apt-sign`)."""
+
+    exit_code, kind = 26, "stage-failed"
+
+
+class InstallFailed(MoatError):
+    """A playbook that `install.sh` or `moat-site` ran ended with an error; Ansible's words are in the log."""
+
+    exit_code, kind = 28, "install-failed"
+
+
 # --- the build host ---
 
 

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring together what several layers saw of one attempt.
+
+The layer of the system calls knows the process, the one of the packets knows the protocol: an attempt
+without a process takes it from a call of the same component to the same address and port at about the
+same time. No attempt is ever dropped here; two layers that saw one attempt are two lines of evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Final
+
+from moat.site.egresscheck.model import Attempt, Component
+
+#: A call and its packet are microseconds apart; clocks and queues are given this much (seconds).
+_NEAR: Final = 2.0
+
+
+def _target(attempt: Attempt) -> str:
+    """Return the address and port of a destination, without its first word."""
+    return attempt.destination.partition(" ")[2]
+
+
+def _seconds(attempt: Attempt) -> float:
+    return datetime.fromisoformat(attempt.when).timestamp()
+
+
+def attribute(
+    seen: Sequence[Attempt], components: Sequence[Component], names: Mapping[str, str] | None = None
+) -> list[Attempt]:
+    """Return every attempt in the order of time, each with what the other layers know about it.
+
+    Args:
+        seen: what the layers saw.
+        components: the site's services.
+        names: for each address that the sinkhole gave as an answer, the name it was asked for.
+    """
+    shares: dict[int, list[str]] = {}
+    for c in components:
+        shares.setdefault(c.uid, []).append(c.name)
+    calls = _by_target(a for a in seen if a.layer == "syscalls")
+    packets = _by_target(a for a in seen if a.layer == "packets")
+    result = []
+    for a in seen:
+        better = a
+        if a.layer == "packets" and a.process.startswith("uid "):
+            call = _nearest(a, calls, shares)
+            if call is not None:
+                better = replace(a, process=call.process, component=call.component)
+        elif a.layer == "syscalls":
+            packet = _nearest(a, packets, shares)
+            if packet is not None:
+                better = replace(a, destination=packet.destination, detail=a.detail or "by " + _word(a))
+        name = (names or {}).get(_address(better))
+        if name is not None:
+            better = replace(better, detail=_joined(better.detail, f"this address was the sinkhole's answer to {name}"))
+        result.append(better)
+    return sorted(result, key=lambda a: (a.when, a.layer, a.destination))
+
+
+def _by_target(attempts: Iterable[Attempt]) -> dict[str, list[Attempt]]:
+    found: dict[str, list[Attempt]] = {}
+    for a in attempts:
+        found.setdefault(_target(a), []).append(a)
+    return found
+
+
+def _nearest(a: Attempt, others: Mapping[str, list[Attempt]], shares: Mapping[int, list[str]]) -> Attempt | None:
+    near = [
+        o
+        for o in others.get(_target(a), ())
+        if abs(_seconds(o) - _seconds(a)) <= _NEAR
+        and (o.component == a.component or _alike(o.component, a.component, shares))
+    ]
+    return min(near, key=lambda o: abs(_seconds(o) - _seconds(a)), default=None)
+
+
+def _word(attempt: Attempt) -> str:
+    return attempt.destination.partition(" ")[0]
+
+
+def _address(attempt: Attempt) -> str:
+    return _target(attempt).rpartition(":")[0].strip("[]")
+
+
+def _joined(one: str, other: str) -> str:
+    return f"{one}; {other}" if one else other
+
+
+def _alike(one: str, other: str, shares: Mapping[int, list[str]]) -> bool:
+    """Whether two components run as the same user: by the user alone they cannot be told apart."""
+    return any(one in names and other in names for names in shares.values())

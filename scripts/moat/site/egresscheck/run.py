@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One verification from end to end, over the :class:`Site` and :class:`Layer` protocols.
+
+Whatever happens - a refusal, a signal, a defect - every layer that was started is stopped and what it
+set on the host is removed. What a run that was killed outright leaves behind is removed by the watcher
+that it started, and once more by the next run (:mod:`moat.site.egresscheck.leftovers`).
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from moat.console import Console
+from moat.errors import EgressUnproven
+from moat.site.egresscheck import leftovers
+from moat.site.egresscheck.attribute import attribute
+from moat.site.egresscheck.marks import CONTROL
+from moat.site.egresscheck.model import (
+    Attempt,
+    Component,
+    Layer,
+    LayerResult,
+    NotAvailable,
+    Probe,
+    Report,
+    RequestResult,
+    Site,
+    Step,
+)
+
+#: Events are on their way for a moment (a queue in the kernel, a thread of ours); then a layer is asked.
+_SETTLE_SECONDS: Final = 1.0
+_PROGRESS_EVERY: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the operator decides. ``quiet_seconds``: how long to watch on; ``allow``: destinations that are no leak."""
+
+    quiet_seconds: float = 30.0
+    allow: tuple[str, ...] = ()
+    settle_seconds: float = _SETTLE_SECONDS
+
+
+def stamp(seconds: float | None = None) -> str:
+    """Return a time (seconds since 1970; default now) as UTC, ISO 8601 with milliseconds and ``Z``."""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+class Capture:
+    """The layers of one run: which are watching, what they saw, what went wrong."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._running: list[Layer] = []
+        self._refused: dict[str, str] = {}
+        self._controls: dict[str, str] = {}
+        self._order: list[Layer] = []
+        self._failed: dict[str, str] = {}
+        self.seen: list[Attempt] = []
+        self.problems: list[str] = []
+        self.names: dict[str, str] = {}
+
+    def start(self, layers: Sequence[Layer], components: Sequence[Component]) -> None:
+        """Start every layer; one that the host does not offer is remembered with its reason."""
+        for layer in layers:
+            self._order.append(layer)
+            # Entered before it starts: what a start that broke in the middle has set must be removed too.
+            self._running.append(layer)
+            try:
+                layer.start(components)
+            except NotAvailable as e:
+                self._running.remove(layer)
+                layer.stop()
+                self._refused[layer.name] = str(e)
+                self._console.warn(f"layer {layer.name} is not available here: {e}")
+            else:
+                self._console.info(f"layer {layer.name} is watching")
+
+    def controls(self) -> None:
+        """Let every running layer make its control."""
+        for layer in self._running:
+            try:
+                self._controls[layer.name] = layer.control()
+            except (OSError, RuntimeError, NotAvailable) as e:
+                self._failed[layer.name] = f"the control could not be made: {e}"
+
+    def stop(self) -> None:
+        """Stop every running layer and take what it saw; runs to its end whatever one of them does."""
+        first: BaseException | None = None
+        while self._running:
+            layer = self._running.pop()
+            try:
+                self.seen += layer.stop()
+            except Exception as e:
+                first = first or e
+                self.problems.append(f"layer {layer.name} did not end cleanly: {e}")
+            self.problems += [f"{layer.name}: {text}" for text in getattr(layer, "problems", ())]
+            self.names.update(getattr(layer, "answers", {}))
+        if isinstance(first, (TypeError, AttributeError, NameError)):
+            raise first  # a defect of ours is no finding about the site
+
+    def results(self) -> list[LayerResult]:
+        """Return what each layer could do, in the order in which they were started."""
+        found = []
+        for layer in self._order:
+            name = layer.name
+            if name in self._refused:
+                found.append(LayerResult(name, False, None, self._refused[name]))
+                continue
+            caught = name in self._controls and any(a.layer == name and a.component == CONTROL for a in self.seen)
+            why = self._failed.get(name) or f"control: {self._controls.get(name, 'not made')}"
+            notes = "; ".join(getattr(layer, "notes", ()))
+            found.append(LayerResult(name, True, caught, f"{why}; {notes}" if notes else why))
+        return found
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back the signals that would break off the removal of what we have set."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def verify(site: Site, options: Options, console: Console, sleep: Callable[[float], None] = time.sleep) -> Report:
+    """Verify a running site and return the evidence.
+
+    Args:
+        site: what to verify.
+        options: the operator's decisions.
+        console: where steps and progress go.
+        sleep: waits (a parameter for tests).
+
+    Raises:
+        EgressUnproven: nothing runs here, or another verification does.
+        MoatError: the site could not be restarted; what was set is removed.
+    """
+    started = stamp()
+    steps: list[Step] = []
+
+    @contextmanager
+    def step(title: str) -> Iterator[None]:
+        steps.append(Step(stamp(), title))
+        with console.step(title):
+            yield
+
+    with leftovers.only_one(console):
+        with step("Read what runs and which addresses its configuration names"):
+            components = site.components()
+            if not components:
+                raise EgressUnproven(
+                    "no service of the site is running",
+                    found="none",
+                    expected="at least one",
+                    hint="start the site first, and see that it answers",
+                )
+            for c in components:
+                console.info(f"{c.name:<12} {c.unit} (user id {c.uid})")
+            endpoints = site.endpoints()
+            # The site's own list first; the operator's words of this run are added to it.
+            allowed = tuple(dict.fromkeys((*getattr(site, "allowed", lambda: ())(), *options.allow)))
+        capture = Capture(console)
+        requests: list[RequestResult] = []
+        probes: list[Probe] = []
+        rules = ""
+        host = {"kernel": platform.release(), "host": platform.node(), **getattr(site, "facts", dict)()}
+        try:
+            with step("Start to watch"):
+                capture.start(site.layers(allowed), components)
+            with step("Restart the services inside the capture"):
+                site.restart(components)
+            with step("Send a first request of every kind"):
+                requests = site.requests()
+                for r in requests:
+                    console.info(f"{r.kind:<12} {r.status or '-':>3} {'ok' if r.ok else 'FAILED'} {r.note}")
+            with step(f"Watch for {options.quiet_seconds:g} s more"):
+                _quiet(options.quiet_seconds, console, sleep)
+            with step("Make one deliberate attempt for every layer"):
+                capture.controls()
+                sleep(options.settle_seconds)
+            with step("Probe, and read the rules in force"):
+                probes = site.probes()
+                rules = site.rules()
+        finally:
+            with _uninterrupted():
+                steps.append(Step(stamp(), "Remove everything that was set for the capture"))
+                capture.stop()
+                leftovers.remove(console)
+        attempts = [a for a in attribute(capture.seen, components, capture.names) if a.component != CONTROL]
+        return Report(
+            site=site.kind,
+            started=started,
+            ended=stamp(),
+            quiet_seconds=options.quiet_seconds,
+            components=tuple(components),
+            endpoints=tuple(endpoints),
+            layers=tuple(capture.results()),
+            requests=tuple(requests),
+            attempts=tuple(attempts),
+            probes=tuple(probes),
+            rules=rules,
+            problems=(*capture.problems, *_unanswered(requests)),
+            host=host,
+            steps=tuple(steps),
+            allowed=allowed,
+        )
+
+
+def _unanswered(requests: Sequence[RequestResult]) -> list[str]:
+    """A site that does not answer was not exercised: what a request would set off was not seen."""
+    return [
+        f"the first request `{r.kind}` was not answered as expected: {r.status} {r.note}" for r in requests if not r.ok
+    ]
+
+
+def _quiet(seconds: float, console: Console, sleep: Callable[[float], None]) -> None:
+    left = seconds
+    while left > 0:
+        part = min(left, _PROGRESS_EVERY)
+        sleep(part)
+        left -= part
+        if left > 0:
+            console.info(f"{left:.0f} s left")
