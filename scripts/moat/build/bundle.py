@@ -32,7 +32,7 @@ from moat.build.components import (
 from moat.build.golang import minio_entry
 from moat.build.images import Image, Workshop
 from moat.build.layers import Tree
-from moat.build.locks import ROOT, LockedFile
+from moat.build.locks import IMAGE_TARGET, ROOT, LockedFile, Target
 from moat.build.pyz import build_pyz
 from moat.build.readme import readme_text
 from moat.build.recipe import Recipe, read_recipes
@@ -95,7 +95,7 @@ class Assembly:
         self.listed: dict[str, Listed] = {}
         self.images: list[Image] = []
         self.components: list[Component] = []
-        self._deb_components: dict[str, Component] = {}
+        self._deb_components: dict[tuple[str, str], Component] = {}
 
     def put(self, path: str, data: bytes | Path, listed: Listed, *, mode: int = 0o644) -> None:
         """Write or copy one file into the bundle."""
@@ -150,7 +150,7 @@ class Assembly:
         write_repository(folder, debs, suite=target.suite, arch=target.arch, source_date_epoch=self.workshop.epoch)
         for d in debs:
             e = d.entry
-            license_ = self.deb(d).license
+            license_ = self.deb(d, target).license
             self.listed[f"debs/{e.filename}"] = listed_as("deb", e, license_)
         for name in ("Packages", "Release"):
             self.listed[f"debs/{name}"] = self._ours("index", "debs")
@@ -173,7 +173,7 @@ class Assembly:
                 self.put(f"tokenizers/{name}", data, listed)
         self.put("tokenizers/index.json", dump(index), self._ours("index", "tokenizers"))
         proof = prove_tokenizers(self.workshop, self.folder / "tokenizers")
-        self.console.info(f"loaded with no network by the target's Python: {proof}")
+        self.console.info(f"loaded with no network by the gateway's Python: {proof}")
 
     def _wheel(self, name: str) -> LockedFile:
         for e in self.workshop.wheels("wheelhouse"):
@@ -190,11 +190,12 @@ class Assembly:
             executable = path.stat().st_mode & 0o100
             self.put(f"{place}/{relative}", path, self._ours(kind, place), mode=0o755 if executable else 0o644)
 
-    def deb(self, deb: Deb) -> Component:
-        """Return the component of a package, read once."""
-        if deb.entry.sha256 not in self._deb_components:
-            self._deb_components[deb.entry.sha256] = deb_component(deb, "debian-13")
-        return self._deb_components[deb.entry.sha256]
+    def deb(self, deb: Deb, target: Target = IMAGE_TARGET) -> Component:
+        """Return the component of a package for a target's distribution, read once."""
+        key = (deb.entry.sha256, target.name)
+        if key not in self._deb_components:
+            self._deb_components[key] = deb_component(deb, target.distro)
+        return self._deb_components[key]
 
     def image_components(self, image: Image) -> list[Component]:
         """Return what is inside an image, from the same inputs that its layers were made of."""
@@ -240,7 +241,7 @@ class Assembly:
             )
             self.put(f"sbom/image-{image.recipe.name}.cdx.json", data, self._ours("sbom", f"image-{image.recipe.name}"))
         wheels = [wheel_component(e, shop.cache.require(e)) for e in self.wheels()]
-        debs = [self.deb(d) for d in shop.debs("host")]
+        debs = [self.deb(d, shop.locks.target) for d in shop.debs("host")]
         for name, parts in (("wheels", wheels), ("debs", debs)):
             self.components += parts
             data = document(
@@ -332,7 +333,7 @@ class Assembly:
         return manifest
 
 
-#: Runs with the target's Python inside a root file system, in the namespace without a network.
+#: Runs with the gateway image's Python inside a root file system, in the namespace without a network.
 _LOAD = """
 import sys, tiktoken
 text = "Air gap: \\u00e9t\\u00e9, \\u4f60\\u597d, 12345 tokens."
@@ -345,7 +346,7 @@ for name in sys.argv[1:]:
 
 
 def prove_tokenizers(workshop: Workshop, folder: Path) -> str:
-    """Encode and decode with every vendored encoding, by the target's Python and the locked tiktoken.
+    """Encode and decode with every vendored encoding, by the gateway image's Python and the locked tiktoken.
 
     tiktoken checks each file's hash itself, and without a network it can take it from nowhere else.
 
@@ -355,7 +356,7 @@ def prove_tokenizers(workshop: Workshop, folder: Path) -> str:
     Raises:
         BuildFailed: an encoding cannot be loaded or does not give the text back.
     """
-    entries = [e for e in workshop.wheels("wheelhouse") if e.name in _TIKTOKEN]
+    entries = [e for e in workshop.wheels("image:gateway") if e.name in _TIKTOKEN]
     files = {p.name: sha256_file(p) for p in sorted(folder.iterdir())}
     key = key_of("tokenizer-proof", fingerprint("bundle", "pywheels"), [e.sha256 for e in entries], files, _LOAD)
 
@@ -370,11 +371,11 @@ def prove_tokenizers(workshop: Workshop, folder: Path) -> str:
                 )
             shutil.copytree(folder, root / "tokenizers")
             env = pywheels.python_environment(workshop.epoch, PYTHONPATH="/proof", TIKTOKEN_CACHE_DIR="/tokenizers")
-            argv = [f"/usr/bin/python{workshop.locks.target.python}", "-c", _LOAD, *ENCODINGS]
+            argv = [f"/usr/bin/python{IMAGE_TARGET.python}", "-c", _LOAD, *ENCODINGS]
             said = pywheels.run_in_root(root, argv, stdin=b"", env=env, what="load the tokenizers")
         (out / "proof.txt").write_bytes(said)
 
-    done = made(workshop.cache, key, "load the tokenizers with the target's Python", workshop.console, make)
+    done = made(workshop.cache, key, "load the tokenizers with the gateway's Python", workshop.console, make)
     return (done / "proof.txt").read_text("utf-8").strip("; \n")
 
 

@@ -18,7 +18,7 @@ from moat.build import golang
 from moat.build.aptrepo import Deb
 from moat.build.cache import Cache
 from moat.build.licenses import NOASSERTION, from_dep5, from_license_file
-from moat.build.locks import LockedFile
+from moat.build.locks import IMAGE_TARGET, LockedFile
 from moat.errors import BuildFailed
 
 #: Files with licence texts and notices inside a wheel's dist-info or a Go module.
@@ -130,7 +130,7 @@ def program_components(
         purl("generic", program.name, program.version),
         digest,
     )
-    library = deb_component(toolchain, "debian-13")
+    library = deb_component(toolchain, IMAGE_TARGET.distro)
     go_version = toolchain.entry.version.split("-")[0]
     stdlib = Component(
         "go-module", "std", go_version, "BSD-3-Clause", purl("golang", "std", go_version), "", library.texts

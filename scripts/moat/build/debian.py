@@ -12,19 +12,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from moat.build.definitions import DebianSet
-from moat.build.locks import LockedFile, Target
+from moat.build.locks import LockedFile, Target, with_profile
 from moat.build.mirrors import DebianMirrors
 from moat.console import Console
 from moat.errors import LockFailed
-
-#: What every installed Debian has: the base that the host's apt repository is closed against.
-_BASE_PRIORITIES = ("required", "important")
 
 Stanza = dict[str, str]
 
@@ -191,12 +189,12 @@ class AptRoot:
             ) from None
 
     def base(self) -> tuple[str, ...]:
-        """Return the names of Debian's required and important packages with what they need."""
+        """Return the names of what the smallest Debian has: required packages and apt, with what they need."""
         if self._base is None:
             wanted = [
                 n
                 for n, s in self.available().items()
-                if s.get("priority") in _BASE_PRIORITIES or s.get("essential") == "yes"
+                if s.get("priority") == "required" or s.get("essential") == "yes" or n == "apt"
             ]
             self._base = tuple(sorted(p.name for p in self.closure(wanted)))
         return self._base
@@ -228,6 +226,18 @@ class AptRoot:
         places = [(m[1], m[2]) for m in re.finditer(r"^'([^']+)' (\S+) \d+ ", text, re.M)]
         return sorted(self._packages(places), key=lambda p: (p.name, p.version))
 
+    def check_installs(self, path: Path, *, base: Iterable[str]) -> None:
+        """Ask apt whether a .deb from elsewhere installs on the base, with what the target's release has.
+
+        Raises:
+            LockFailed: it does not.
+        """
+        self._write_status([self._stanza(n) for n in sorted(set(base))])
+        with tempfile.TemporaryDirectory(dir=self._dir) as scratch:
+            file = Path(scratch) / "package.deb"  # apt tells a file from a name by its ending
+            file.symlink_to(path)
+            self._run("apt-get", "-s", "--no-install-recommends", "install", str(file), what=f"trying {path.name}")
+
     def _packages(self, places: Iterable[tuple[str, str]]) -> Iterator[DebianPackage]:
         """Look ``(URI, apt's local file name)`` up in the indexes."""
         wanted: dict[tuple[str, str, str], bool] = {}
@@ -251,13 +261,13 @@ class AptRoot:
 
 
 def resolve(apt: AptRoot, sets: Iterable[DebianSet], target: Target, console: Console) -> list[LockedFile]:
-    """Resolve every set of Debian packages; licences are filled in afterwards (:mod:`moat.build.deblicenses`).
+    """Resolve a target's sets of Debian packages; licences are filled in afterwards (:mod:`moat.build.deblicenses`).
 
     Raises:
         LockFailed: something cannot be resolved.
     """
     uses: dict[DebianPackage, set[str]] = {}
-    for s in sets:
+    for s in (s for s in sets if s.target == target.name):
         packages = apt.closure(s.packages, base=apt.base() if s.use == "host" else (), assume=s.assume)
         console.info(f"{s.use}: {len(packages)} packages")
         for p in packages:
@@ -266,8 +276,6 @@ def resolve(apt: AptRoot, sets: Iterable[DebianSet], target: Target, console: Co
 
 
 def _entry(p: DebianPackage, used: set[str], target: Target) -> LockedFile:
-    if used == {"image:model"}:
-        used = used | {"profile:demo"}  # the model's image exists in the demo alone
     component = p.pool.removeprefix("pool/").removeprefix("updates/").split("/")[0]
     suite = f"{target.suite}-security" if p.security else target.suite
     archive = "debian-security" if p.security else "debian"
@@ -280,7 +288,7 @@ def _entry(p: DebianPackage, used: set[str], target: Target) -> LockedFile:
         size=p.size,
         license="NOASSERTION",
         source=f"{archive}:{suite}/{component}/{p.pool}",
-        uses=tuple(sorted(used)),
+        uses=with_profile(used),
     )
 
 
@@ -294,6 +302,11 @@ def pool_path(entry: LockedFile) -> tuple[bool, str]:
     if entry.kind != "deb" or found is None or ".." in found[2].split("/"):
         raise LockFailed(f"{entry.filename} has no usable source", found=entry.source, path=entry.filename)
     return found[1] == "debian-security", found[2]
+
+
+def suite_of(entry: LockedFile) -> str:
+    """Return the release that a locked Debian package is of, without ``-security``."""
+    return entry.source.partition(":")[2].partition("/")[0].removesuffix("-security")
 
 
 def urls(entry: LockedFile, mirrors: DebianMirrors) -> tuple[str, ...]:

