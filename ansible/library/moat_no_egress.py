@@ -1,0 +1,320 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""Ansible module: the table ``inet moat_egress``, set so that nobody is locked out.
+
+``present`` compares the wanted rules with the file and with what the kernel holds. Where they differ it arms a timer on
+the node that brings the former rules back, and lets systemd load the new ones a moment *after* it has answered: a rule
+set that cuts the control connection cannot cut the answer too. The role then makes fresh control connections;
+``confirmed`` writes the file and takes the timer away. If nobody confirms, the timer does what its name says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: moat_no_egress
+short_description: Set the table inet moat_egress with an automatic way back
+options:
+  state:
+    type: str
+    default: present
+    choices: [check, present, loaded, confirmed, absent]
+    description: >-
+      check looks whether this host can carry the rules and changes nothing; present arms the timer and loads the rules
+      if anything differs; loaded fails unless the new rules are in force; confirmed keeps them; absent removes all.
+  content: {type: str, description: The whole rule file; for present.}
+  path: {type: path, default: /etc/moat/nftables/no-egress.nft}
+  rollback_seconds: {type: int, default: 45, description: Time after which the former rules return.}
+  ssh_ports: {type: list, elements: int, default: [22], description: Ports of the host's own SSH server.}
+  check_ssh: {type: bool, default: true, description: Refuse a control connection that the rules would not spare.}
+  forward: {type: bool, default: true, description: The rules close forwarding too.}
+"""
+
+TABLE = ("inet", "moat_egress")
+RUN = Path("/run/moat-no-egress")
+PENDING, PREVIOUS = RUN / "pending.nft", RUN / "previous.nft"
+TIMER, APPLY = "moat-no-egress-rollback", "moat-no-egress-apply"
+DELETE = f"table {TABLE[0]} {TABLE[1]}\ndelete table {TABLE[0]} {TABLE[1]}\n"
+
+
+def run(argv: list[str], stdin: str | None = None) -> tuple[int, str, str]:
+    """Run one program from a list; a missing one has exit code 127."""
+    try:
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
+    except OSError as e:
+        return 127, "", str(e)
+    return done.returncode, done.stdout, done.stderr
+
+
+def nft() -> str:
+    """Return the path of nft; a module's PATH may lack sbin."""
+    return next((p for p in ("/usr/sbin/nft", "/sbin/nft") if Path(p).exists()), "nft")
+
+
+def loaded() -> str:
+    """Return the table that the kernel holds, without counts, or an empty string."""
+    code, out, _ = run([nft(), "-s", "list", "table", *TABLE])
+    return out if code == 0 else ""
+
+
+def listing_of(content: str) -> tuple[str, str]:
+    """Return how this nft lists ``content`` once it is loaded, and why that cannot be told.
+
+    The rules are loaded in a network namespace of their own, that ends with the program.
+    """
+    script = 'nft=$1; "$nft" -f - && "$nft" -s list table inet moat_egress'
+    code, out, err = run(["unshare", "--net", "sh", "-c", script, "sh", nft()], content)
+    return (out, "") if code == 0 else ("", err.strip() or f"unshare ended with code {code}")
+
+
+def control_connection() -> tuple[str, int, int] | None:
+    """Return client address, client port and server port of the SSH connection that this process belongs to.
+
+    ``sudo`` removes SSH_CONNECTION from the environment, so the parents are asked too.
+    """
+    text, pid = os.environ.get("SSH_CONNECTION", ""), os.getpid()
+    while not text and pid > 1:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
+            pid = int(stat.rpartition(")")[2].split()[1])
+            environ = Path(f"/proc/{pid}/environ").read_bytes() if pid > 1 else b""
+        except (OSError, ValueError):
+            break
+        found = re.search(rb"(?:^|\0)SSH_CONNECTION=([^\0]*)", environ)
+        text = found[1].decode("ascii", "replace") if found else ""
+    parts = text.split()
+    if len(parts) != 4 or not parts[1].isdigit() or not parts[3].isdigit():
+        return None
+    return parts[0].partition("%")[0], int(parts[1]), int(parts[3])
+
+
+def tunnel_towards(client: str) -> str:
+    """Return the tunnel device that leads to ``client``, or an empty string."""
+    family = socket.AF_INET6 if ":" in client else socket.AF_INET
+    code, out, _ = run(["ip", "-6" if family == socket.AF_INET6 else "-4", "route", "get", client])
+    found = re.search(r"\bdev (\S+)", out) if code == 0 else None
+    if found is None:
+        return ""
+    device = Path("/sys/class/net") / found[1]
+    try:
+        kind = (device / "uevent").read_text("ascii", "replace")
+    except OSError:
+        kind = ""
+    return found[1] if (device / "tun_flags").exists() or "DEVTYPE=wireguard" in kind else ""
+
+
+def path_problem(ssh_ports: list[int]) -> str:
+    """Return why the control connection would not outlive the rules, or an empty string."""
+    connection = control_connection()
+    if connection is None:
+        return ""
+    client, _, port = connection
+    where = f"the control connection comes from {client} to port {port} of this host"
+    if port not in ssh_ports:
+        return (
+            f"{where}; found: no_egress_ssh_ports {ssh_ports}; expected: a list with {port}; "
+            f"do: add {port} to no_egress_ssh_ports"
+        )
+    if client in ("::1", "::ffff:127.0.0.1") or client.startswith("127."):
+        return (
+            f"{where}: it arrives through a tunnel that this host opened itself, and the rules would close it; "
+            "expected: a connection from another host; do: connect directly, or list the tunnel's far end in "
+            "moat_egress_allow and set no_egress_check_ssh: false"
+        )
+    device = tunnel_towards(client)
+    if device:
+        return (
+            f"{where} over the tunnel {device}, whose own packets the rules may refuse; expected: a direct path; "
+            "do: list the tunnel's far end in moat_egress_allow and set no_egress_check_ssh: false"
+        )
+    return ""
+
+
+def host_problem(forward: bool) -> str:
+    """Return why this host should not get these rules, or an empty string."""
+    bridges = sorted(p.parent.name for p in Path("/sys/class/net").glob("*/bridge"))
+    docker = [b for b in bridges if b == "docker0" or b.startswith("br-")]
+    if forward and (docker or Path("/run/docker.sock").exists()):
+        return (
+            "a container engine runs here, and a closed forward chain would cut its containers without a word; "
+            f"found: {', '.join(docker) or '/run/docker.sock'}; expected: a host without containers; do: remove the "
+            "engine, or set no_egress_forward: false and close the containers' networks with `moat firewall apply`"
+        )
+    return ""
+
+
+def stop_timer() -> None:
+    """Take the timer away, if it is there."""
+    run(["systemctl", "stop", f"{TIMER}.timer", f"{APPLY}.timer"])
+    run(["systemctl", "reset-failed", f"{TIMER}.service", f"{APPLY}.service"])
+
+
+def timer_active() -> bool:
+    """Say whether rules are on trial."""
+    return run(["systemctl", "is-active", "--quiet", f"{TIMER}.timer"])[0] == 0
+
+
+def read(path: Path) -> str:
+    """Return a file's text; a missing one is empty."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that a power cut leaves the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def arm(module: AnsibleModule, content: str, seconds: int) -> None:
+    """Load ``content`` in a second from now, and bring back what is in force now after ``seconds``."""
+    if timer_active():  # an interrupted run left its trial behind: what it found is what must come back
+        run(["systemctl", "start", f"{TIMER}.service"])
+    stop_timer()
+    write(PREVIOUS, DELETE + loaded())
+    write(PENDING, content)
+    for unit, after, file in ((TIMER, seconds, PREVIOUS), (APPLY, 1, PENDING)):
+        argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={after}"]
+        argv += ["--timer-property=AccuracySec=100ms", nft(), "-f", str(file)]
+        code, _, err = run(argv)
+        if code != 0:
+            stop_timer()
+            module.fail_json(msg=f"the rules were not touched: {' '.join(argv)} failed: {err.strip()}")
+
+
+def present(module: AnsibleModule) -> dict[str, Any]:
+    """Compare, and put the rules on trial if anything differs."""
+    content, path = module.params["content"], Path(module.params["path"])
+    before = read(path)
+    # Listing needs a namespace; where the host refuses one, only the file can be compared.
+    expected, why = listing_of(content)
+    current = loaded()
+    if before == content and current and current == expected and not timer_active():
+        return {"changed": False, "armed": False}
+    code, _, err = run([nft(), "-c", "-f", "-"], content)
+    if code != 0:
+        module.fail_json(msg="nft refuses the rules; nothing was changed", stderr=err, found=err.strip())
+    if not expected:
+        module.fail_json(msg=f"the rules cannot be tried in a network namespace of their own; found: {why}")
+    problem = host_problem(module.params["forward"])
+    if not problem and module.params["check_ssh"]:
+        problem = path_problem(module.params["ssh_ports"])
+    if problem:
+        module.fail_json(msg=f"the rules were not touched: {problem}")
+    header = str(path) if before != content else "rules in force"
+    difference = {
+        "before_header": header,
+        "after_header": header,
+        "before": before if before != content else current,
+        "after": content if before != content else expected,
+    }
+    if not module.check_mode:
+        arm(module, content, module.params["rollback_seconds"])
+    return {"changed": True, "armed": not module.check_mode, "diff": difference}
+
+
+def in_force(module: AnsibleModule) -> None:
+    """Fail unless the rules on trial are in force."""
+    expected, why = listing_of(read(PENDING))
+    for _ in range(50):  # the load was ordered for a second after the answer
+        if loaded() == expected:
+            return
+        if not timer_active():
+            break
+        time.sleep(0.1)
+    stop_timer()
+    if PREVIOUS.exists():
+        run([nft(), "-f", str(PREVIOUS)])
+    for file in (PENDING, PREVIOUS):
+        file.unlink(missing_ok=True)
+    module.fail_json(
+        msg="the new rules are not in force: the control connection did not come back in time and this host returned "
+        "to its former rules by itself, or nft refused to load them; the site runs on as before. "
+        f"found: {why or 'the former rules'}; expected: the new rules and a fresh control connection; do: see "
+        f"`journalctl -u {APPLY} -u {TIMER}`, compare no_egress_extra_output and moat_egress_allow with the path of "
+        "your control connection, and run again"
+    )
+
+
+def confirmed(module: AnsibleModule) -> dict[str, Any]:
+    """Keep the rules on trial: first the timer away, then look that it had not fired, then the file."""
+    if not PENDING.exists():
+        return {"changed": False}
+    if module.check_mode:
+        return {"changed": True}
+    run(["systemctl", "stop", f"{TIMER}.timer"])
+    in_force(module)
+    write(Path(module.params["path"]), read(PENDING))
+    stop_timer()
+    for file in (PENDING, PREVIOUS):
+        file.unlink(missing_ok=True)
+    return {"changed": True}
+
+
+def absent(module: AnsibleModule) -> dict[str, Any]:
+    """Remove the table, the file and a trial."""
+    current, path = loaded(), Path(module.params["path"])
+    changed = bool(current) or path.exists() or timer_active()
+    if changed and not module.check_mode:
+        stop_timer()
+        code, _, err = run([nft(), "-f", "-"], DELETE) if current else (0, "", "")
+        if code != 0:
+            module.fail_json(msg=f"the table could not be removed: {err.strip()}")
+        for file in (PENDING, PREVIOUS, path):
+            file.unlink(missing_ok=True)
+    return {"changed": changed, "diff": {"before": current, "after": ""}}
+
+
+def check(module: AnsibleModule) -> dict[str, Any]:
+    """Look whether this host can carry the rules."""
+    problem = host_problem(module.params["forward"])
+    if not problem and module.params["check_ssh"]:
+        problem = path_problem(module.params["ssh_ports"])
+    if problem:
+        module.fail_json(msg=problem)
+    return {"changed": False}
+
+
+def main() -> None:
+    """Read the arguments and do what ``state`` says."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"default": "present", "choices": ["check", "present", "loaded", "confirmed", "absent"]},
+            "content": {"type": "str"},
+            "path": {"type": "path", "default": "/etc/moat/nftables/no-egress.nft"},
+            "rollback_seconds": {"type": "int", "default": 45},
+            "ssh_ports": {"type": "list", "elements": "int", "default": [22]},
+            "check_ssh": {"type": "bool", "default": True},
+            "forward": {"type": "bool", "default": True},
+        },
+        required_if=[("state", "present", ["content"])],
+        supports_check_mode=True,
+    )
+    state = module.params["state"]
+    if state == "loaded":
+        if not module.check_mode:
+            in_force(module)
+        module.exit_json(changed=False)
+    actions = {"check": check, "present": present, "confirmed": confirmed, "absent": absent}
+    module.exit_json(**actions[state](module))
+
+
+if __name__ == "__main__":
+    main()
