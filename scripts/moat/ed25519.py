@@ -3,8 +3,8 @@
 
 A site verifies a bundle before anything may be installed there, with the distribution's Python
 and nothing else, and the standard library has no Ed25519. This module verifies only: it never
-sees a secret, so it need not run in constant time. Signing uses the ``cryptography`` package on
-the build host.
+sees a secret that lasts, so it need not run in constant time. Signing of bundles uses the
+``cryptography`` package on the build host.
 
 The rules are libsodium's, hence minisign's, so that the two always agree: the scalar S must be
 canonical (below the group order), the public key must be canonically encoded, and neither it nor
@@ -123,6 +123,11 @@ def _two_scalars(s: int, k: int, table: list[_Point]) -> _Point:
         if digit := k >> shift & mask:
             result = _add(result, table[digit])
     return result
+
+
+def times_base(scalar: int) -> bytes:
+    """Return the 32 bytes of ``scalar`` * B; not in constant time, so for no key that lasts (moat.site.eddsa)."""
+    return _encode(_two_scalars(scalar % _L, 0, [_IDENTITY]))
 
 
 def verify(public_key: bytes, message: bytes, signature: bytes) -> bool:
