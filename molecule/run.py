@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs Molecule scenarios (all without names), each timed: what ``make molecule`` and the stage of ``make test`` call.
+
+It finds the bundle that the demo made (and makes it where it is missing), and passes on the rest: which base file
+Molecule reads, where its state goes. With ``--keep`` the hosts of a scenario stay, to look around in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from moat.demo.places import BUNDLE, KEYS, ROOT
+
+SCENARIOS = ("default", "alternative", "multinode", "upgrade", "hostile")
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of Molecule: its tools first, all state below .moat/."""
+    state = ROOT / ".moat" / "molecule"
+    state.mkdir(parents=True, exist_ok=True)
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MOAT_TEST_MEDIUM": os.environ.get("MOAT_TEST_MEDIUM") or str(BUNDLE),
+        "MOAT_TEST_PUBLIC_KEY": os.environ.get("MOAT_TEST_PUBLIC_KEY") or str(KEYS / "moat.pub"),
+        "NO_COLOR": "1",
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_HOME": str(state / "ansible"),
+        "MOLECULE_PROJECT_DIRECTORY": str(ROOT),
+        # Tests of the hosts are no part of the tree's own pytest settings.
+        "PYTEST_ADDOPTS": f"-q -ra --import-mode=importlib --rootdir={ROOT / 'molecule'} -c /dev/null",
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Run the scenarios and print their times; return 0 only if each passed."""
+    parser = argparse.ArgumentParser(description="Run Molecule scenarios with networking disabled.")
+    parser.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="all without names")
+    parser.add_argument("--keep", action="store_true", help="leave the hosts after the tests")
+    args = parser.parse_args(argv)
+    env = environment()
+    results: list[tuple[str, bool, float]] = []
+    for name in args.scenario or SCENARIOS:
+        command = [
+            "molecule",
+            "--base-config",
+            str(ROOT / "molecule" / "base.yml"),
+            "test",
+            "--scenario-name",
+            name,
+            "--no-command-borders",
+        ]
+        command += ["--destroy", "never" if args.keep else "always"]
+        print(f"\n=== molecule {name} ===", flush=True)
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=False)
+        results.append((name, done.returncode == 0, time.monotonic() - started))
+    print("\nscenario      result    seconds")
+    for name, ok, seconds in results:
+        print(f"{name:<13} {'passed' if ok else 'FAILED':<8} {seconds:8.0f}")
+        if not ok:
+            print(f"  journal and logs: .moat/molecule/{name}/; the same alone: make molecule SCENARIO={name}")
+    return 0 if all(ok for _, ok, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
