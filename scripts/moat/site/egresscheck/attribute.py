@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Final
 
 from moat.site.egresscheck.model import Attempt, Component
+from moat.site.egresscheck.who import OR
 
 #: A call and its packet are microseconds apart; clocks and queues are given this much (seconds).
 _NEAR: Final = 2.0
@@ -92,4 +93,5 @@ def _joined(one: str, other: str) -> str:
 
 def _alike(one: str, other: str, shares: Mapping[int, list[str]]) -> bool:
     """Whether two components run as the same user: by the user alone they cannot be told apart."""
-    return any(one in names and other in names for names in shares.values())
+    both = {*one.split(OR), *other.split(OR)}
+    return any(both <= set(names) for names in shares.values())

@@ -22,12 +22,15 @@ class Component:
         unit: systemd unit or container name.
         uid: numeric user id of its processes, as the host sees it.
         addresses: its own addresses on container networks; empty under systemd.
+        cgroup: element of its control group's path by which its processes are told from others of the
+            same user: a container's id; empty means the unit's name.
     """
 
     name: str
     unit: str
     uid: int
     addresses: tuple[str, ...] = ()
+    cgroup: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final
 
 from moat.console import Console
@@ -34,6 +33,7 @@ from moat.site.egresscheck.model import (
     Site,
     Step,
 )
+from moat.site.egresscheck.when import stamp
 
 #: Events are on their way for a moment (a queue in the kernel, a thread of ours); then a layer is asked.
 _SETTLE_SECONDS: Final = 1.0
@@ -47,12 +47,6 @@ class Options:
     quiet_seconds: float = 30.0
     allow: tuple[str, ...] = ()
     settle_seconds: float = _SETTLE_SECONDS
-
-
-def stamp(seconds: float | None = None) -> str:
-    """Return a time (seconds since 1970; default now) as UTC, ISO 8601 with milliseconds and ``Z``."""
-    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
 class Capture:
