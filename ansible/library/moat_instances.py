@@ -34,8 +34,14 @@ options:
   address: {description: Where the gateways listen., type: str, default: 127.0.0.1}
   base_port: {description: Gateway N listens on this port plus N., type: int, default: 4000}
   settle: {description: Seconds between two gateways., type: float, default: 4}
-  probe: {description: "Model of the request after a restart; auto for the first, models for none.", type: str, default: auto}
-  master_key: {description: File with the administrator's key., type: path, default: /etc/moat/secrets/gateway/master_key}
+  probe:
+    description: The model of the request after a restart; auto for the first, models for none.
+    type: str
+    default: auto
+  master_key:
+    description: File with the administrator's key.
+    type: path
+    default: /etc/moat/secrets/gateway/master_key
   inputs: {description: Files and folders that a gateway reads at its start., type: list, elements: path, default: []}
 author: [The Moat project]
 """
@@ -54,6 +60,7 @@ seconds: {description: What it took., type: float, returned: always}
 """
 
 RECORD = Path("/var/lib/moat/gateways.json")
+UNIT_FILE = "/etc/systemd/system/moat-gateway@.service"
 JOURNAL_LINES = 15
 
 
