@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer ``dns``: a name server that logs every question of the components' users and answers each.
+
+The answer is an address of TEST-NET-3 (2001:db8:53::/48 over IPv6), one for each name: so the connect that
+follows is seen by the other layers, and the report says which name it was for. The questions get here by a
+redirect rule for those users alone, wherever they were sent; the host's ``resolv.conf`` is not touched and
+nobody else's names are. Each user has ports of its own, so the port tells whose question it was.
+
+Not seen here: lookups that another program does for the service (systemd-resolved over its socket, nscd) and
+encrypted ones (DNS over TLS or HTTPS), which are connections like others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from moat.site.egresscheck import control, dnswire
+from moat.site.egresscheck.allow import Allowed
+from moat.site.egresscheck.leftovers import DNS_TABLE
+from moat.site.egresscheck.marks import CONTROL, Marks
+from moat.site.egresscheck.model import Attempt, Component, NotAvailable
+from moat.site.egresscheck.packets import ipv6_here
+from moat.site.egresscheck.tools import run
+from moat.site.egresscheck.when import stamp
+from moat.site.egresscheck.who import Who
+
+_MAX_CONNECTIONS: Final = 64
+_CONNECTION_SECONDS: Final = 5.0
+_MAX_MESSAGE: Final = 4096
+RESOLVED_SOCKET: Final = Path("/run/systemd/resolve/io.systemd.Resolve")
+
+
+@dataclass
+class _Port:
+    """One socket of the sinkhole and the user whose questions arrive there."""
+
+    uid: int
+    protocol: str  # udp, tcp
+    family: int
+    socket: socket.socket
+
+    @property
+    def number(self) -> int:
+        return int(self.socket.getsockname()[1])
+
+
+@dataclass
+class _Connection:
+    """One TCP connection of a client."""
+
+    port: _Port
+    peer: int
+    until: float
+    data: bytes = b""
+
+
+def ruleset(ports: Sequence[tuple[int, str, int, int]]) -> str:
+    """Return the table as ``nft -f`` reads it, from (user, protocol, address family, port of the sinkhole)."""
+    lines = [
+        f"table inet {DNS_TABLE} {{",
+        '  comment "moat egress verify: only while it runs"',
+        "  chain output {",
+        "    type nat hook output priority -105; policy accept;",
+    ]
+    for uid, protocol, family, number in ports:
+        nfproto = "ipv4" if family == socket.AF_INET else "ipv6"
+        lines.append(f"    meta skuid {uid} meta nfproto {nfproto} {protocol} dport 53 redirect to :{number}")
+    return "\n".join([*lines, "  }", "}"]) + "\n"
+
+
+class DnsLayer:
+    """See the module. Names in ``allowed`` are answered truly and are no attempt."""
+
+    name = "dns"
+
+    def __init__(self, allowed: Sequence[Allowed], marks: Marks) -> None:
+        self._allowed = {a.name: a for a in allowed if a.name}
+        self._marks = marks
+        self._who = Who(())
+        self._ports: list[_Port] = []
+        self._selector = selectors.DefaultSelector()
+        self._thread: threading.Thread | None = None
+        self._end = threading.Event()
+        self._attempts: list[Attempt] = []
+        self._given: dict[str, int] = {}
+        self._controls: set[int] = set()
+        self._caught: set[int] = set()
+        self._malformed = 0
+        #: The name behind each address that was given out, for the other layers.
+        self.answers: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def start(self, components: Sequence[Component]) -> None:
+        """Listen on loopback, then set the redirect."""
+        self._who = Who(components)
+        if not self._who.uids:
+            raise NotAvailable("no component has a user of its own")
+        run(["nft", "list", "tables"])
+        families = [(socket.AF_INET, "127.0.0.1")] + ([(socket.AF_INET6, "::1")] if ipv6_here() else [])
+        for uid in self._who.uids:
+            for family, address in families:
+                self._listen(uid, "udp", family, address)
+                self._listen(uid, "tcp", family, address)
+        self._thread = threading.Thread(target=self._serve, name="sinkhole", daemon=True)
+        self._thread.start()
+        run(["nft", "-f", "-"], ruleset([(p.uid, p.protocol, p.family, p.number) for p in self._ports]))
+        if RESOLVED_SOCKET.exists():
+            self.notes.append("systemd-resolved runs: lookups over its own socket or D-Bus are not seen by this layer")
+        if Path("/run/nscd/socket").exists():
+            self.notes.append("nscd runs: lookups that it does for a service are not seen by this layer")
+
+    def _listen(self, uid: int, protocol: str, family: int, address: str) -> None:
+        s = socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM)
+        port = _Port(uid, protocol, family, s)
+        self._ports.append(port)
+        s.setblocking(False)
+        s.bind((address, 0))
+        if protocol == "tcp":
+            s.listen(16)
+        self._selector.register(s, selectors.EVENT_READ, port)
+
+    # --- the server's thread ---
+
+    def _serve(self) -> None:
+        while not self._end.is_set():
+            for key, _ in self._selector.select(0.2):
+                try:
+                    if isinstance(key.data, _Connection):
+                        self._read(key.fileobj, key.data)  # type: ignore[arg-type]
+                    elif key.data.protocol == "udp":
+                        self._datagram(key.data)
+                    else:
+                        self._accept(key.data)
+                except OSError:
+                    continue  # this client is gone; the others are not to suffer
+                except Exception as e:
+                    self.problems.append(f"a question could not be handled: {e!r}")
+            self._drop_idle()
+
+    def _datagram(self, port: _Port) -> None:
+        data, peer = port.socket.recvfrom(_MAX_MESSAGE)
+        reply = self._answer(data, port, int(peer[1]))
+        if reply:
+            port.socket.sendto(reply, peer)
+
+    def _accept(self, port: _Port) -> None:
+        connection, peer = port.socket.accept()
+        if sum(isinstance(k.data, _Connection) for k in self._selector.get_map().values()) >= _MAX_CONNECTIONS:
+            connection.close()
+            return
+        connection.setblocking(False)
+        c = _Connection(port, int(peer[1]), time.monotonic() + _CONNECTION_SECONDS)
+        self._selector.register(connection, selectors.EVENT_READ, c)
+
+    def _read(self, s: socket.socket, c: _Connection) -> None:
+        try:
+            data = s.recv(_MAX_MESSAGE)
+        except OSError:
+            data = b""
+        c.data += data
+        while data and len(c.data) >= 2 and len(c.data) >= 2 + (size := int.from_bytes(c.data[:2], "big")):
+            reply = self._answer(c.data[2 : 2 + size], c.port, c.peer)
+            c.data = c.data[2 + size :]
+            if not reply:
+                data = b""
+                break
+            s.sendall(struct.pack(">H", len(reply)) + reply)
+        if not data or len(c.data) > _MAX_MESSAGE + 2:
+            self._selector.unregister(s)
+            s.close()
+
+    def _drop_idle(self) -> None:
+        now = time.monotonic()
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, _Connection) and key.data.until < now:
+                self._selector.unregister(key.fileobj)
+                key.fileobj.close()  # type: ignore[union-attr]
+
+    def _answer(self, data: bytes, port: _Port, peer: int) -> bytes | None:
+        """Log a question and return the response; ``None`` for what is none."""
+        question = dnswire.parse(data)
+        # The client waits for us: its socket still exists.
+        pid = self._who.process_of_port(port.protocol, peer, port.uid)
+        process = self._who.words(pid) if pid is not None else f"uid {port.uid}"
+        component = self._who.component(port.uid, pid) or "unknown"
+        if question is None:
+            self._malformed += 1
+            text = f"{port.protocol} port 53: {len(data)} bytes that are no query"
+            self._enter(process, component, text, "")
+            return None
+        name = question.name.rstrip(".")
+        entry = self._allowed.get(name)
+        if entry is not None:
+            return dnswire.answer(question, [str(n.network_address) for n in entry.networks if n.num_addresses == 1])
+        if name == self._marks.name:
+            self._caught.add(port.uid)
+            component = CONTROL
+        addresses = self._addresses(name)
+        given = {dnswire.A: addresses[0], dnswire.AAAA: addresses[1]}.get(question.kind)
+        detail = f"answered with {given}" if given else "answered with nothing"
+        self._enter(process, component, f"name {question.name} ({question.kind_name})", detail)
+        return dnswire.answer(question, addresses if question.kind != 12 else None)
+
+    def _enter(self, process: str, component: str, destination: str, detail: str) -> None:
+        self._attempts.append(Attempt(stamp(), self.name, process, component, destination, detail))
+
+    def _addresses(self, name: str) -> list[str]:
+        """Return the addresses that stand for a name: the same ones each time it is asked for."""
+        number = self._given.setdefault(name, len(self._given) % 254 + 1)
+        addresses = [f"203.0.113.{number}", f"2001:db8:53::{number:x}"]
+        for address in addresses:
+            self.answers.setdefault(address, name)
+        return addresses
+
+    # --- the layer ---
+
+    def in_place(self, uid: int) -> bool:
+        """Whether this user's questions are redirected at this moment."""
+        try:
+            text = run(["nft", "list", "chain", "inet", DNS_TABLE, "output"])
+        except NotAvailable:
+            return False
+        return all(
+            re.search(rf"meta skuid {uid} .*{p.protocol} dport 53 redirect to :{p.number}\b", text)
+            for p in self._ports
+            if p.uid == uid
+        )
+
+    def control(self) -> str:
+        """Ask for a name that exists nowhere, as every user, at an address that nobody has."""
+        for uid in self._who.uids:
+            if not self.in_place(uid):
+                raise RuntimeError(f"the redirect for user {uid} is not in force, so nothing may be asked")
+            self._controls.add(uid)
+            question = dnswire.query(4242, self._marks.name, dnswire.A)
+            control.attempt(uid, "udp", self._marks.ipv4, 53, question)
+            if ipv6_here():
+                control.attempt(uid, "udp", self._marks.ipv6, 53, question)
+        users = ", ".join(control.name_of(uid) for uid in self._who.uids)
+        return f"the name {self._marks.name}, as each of {users}"
+
+    def stop(self) -> list[Attempt]:
+        """Remove the redirect, end the server, and return every question."""
+        with contextlib.suppress(NotAvailable):
+            run(["nft", "delete", "table", "inet", DNS_TABLE])
+        if self._thread is not None and not self._thread.is_alive():
+            self.problems.append("the sinkhole ended during the capture")
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+            self._thread = None
+        for key in list((self._selector.get_map() or {}).values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        for port in self._ports:
+            port.socket.close()
+        self._selector.close()
+        self._ports = []
+        missing = self._controls - self._caught
+        self.problems += [f"the control as {control.name_of(uid)} was not caught" for uid in sorted(missing)]
+        self._controls = set()
+        return self._attempts
