@@ -17,7 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moat_gateway import __version__, adminclient, events, keyfile, keys, metrics, preflight, settings, store, tls
+from moat_gateway import (
+    __version__,
+    adminclient,
+    events,
+    keyfile,
+    keys,
+    metrics,
+    preflight,
+    settings,
+    store,
+    storeaccounts,
+    tls,
+)
 from moat_gateway import ask as ask_
 from moat_gateway.errors import BadKeys, GatewayError
 from moat_gateway.settings import Settings
@@ -63,12 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _ask_parser(command("ask", _ask, "Make one chat completion as a client does."))
 
-    store_parser = command("store", _store, "Make or check the bucket of configuration revisions.")
-    store_parser.add_argument("action", choices=("init", "check"))
-    store_parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    store_parser.add_argument("--endpoint", dest="setting_store_endpoint", help="short for --store-endpoint")
-    store_parser.add_argument("--bucket", dest="setting_store_bucket", help="short for --store-bucket")
-    settings.add_options(store_parser, *(s.name for s in settings.SETTINGS if s.name.startswith("store_")))
+    _store_parser(command("store", _store, "Make or check the bucket of configuration revisions, and its accounts."))
 
     tls_parser = command("tls", _tls, "Make a local certificate authority and a server certificate.")
     tls_parser.add_argument("action", choices=("self-signed",))
@@ -107,6 +114,25 @@ def _keys_parser(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
     revoke = actions.add_parser("revoke", parents=[shared], help="remove a key")
     revoke.add_argument("id", metavar="ID")
+
+
+def _store_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("init", "check", "accounts"))
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--endpoint", dest="setting_store_endpoint", help="short for --store-endpoint")
+    parser.add_argument("--bucket", action="append", metavar="NAME", help="a bucket; with `accounts` repeat for more")
+    secrets = parser.add_mutually_exclusive_group()
+    secrets.add_argument(
+        "--secrets",
+        type=Path,
+        metavar="DIR",
+        help="accounts: folder with store_root_user, store_writer_secret_key, ...",
+    )
+    secrets.add_argument(
+        "--secrets-stdin", action="store_true", help="accounts: the same as one JSON object on standard input"
+    )
+    parser.add_argument("--prune", action="store_true", help="accounts: remove those of earlier keys")
+    settings.add_options(parser, *(s.name for s in settings.SETTINGS if s.name.startswith("store_")))
 
 
 def _ask_parser(parser: argparse.ArgumentParser) -> None:
@@ -317,6 +343,10 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _store(args: argparse.Namespace) -> int:
+    if args.action == "accounts":
+        return _store_accounts(args)
+    if args.bucket:
+        args.setting_store_bucket = args.bucket[-1]
     values, _unknown = _load(args)
     state = store.init(values) if args.action == "init" else store.check(values)
     if args.json:
@@ -325,6 +355,20 @@ def _store(args: argparse.Namespace) -> int:
         made = "made" if state.created else "was there"
         kept = "turned on" if state.versioning_enabled else "on"
         print(f"bucket {state.bucket} at {state.endpoint}: {made}, versioning {kept}")
+    return 0
+
+
+def _store_accounts(args: argparse.Namespace) -> int:
+    values, _unknown = _load(args)
+    if args.secrets_stdin:
+        secrets = storeaccounts.read_json(sys.stdin.read(1 << 16))
+    else:
+        secrets = storeaccounts.read_folder(args.secrets or values.secrets_dir)
+    done = storeaccounts.apply(values, secrets, args.bucket or [values.store_bucket], prune=args.prune)
+    if args.json:
+        _print_json({"ok": True, "exit": 0, "changed": bool(done.changes), **asdict(done), "problems": []})
+    else:
+        print(f"store {done.endpoint}: {'; '.join(done.changes) or 'buckets and accounts were right'}")
     return 0
 
 

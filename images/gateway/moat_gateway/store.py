@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from moat_gateway.allowlist import NotADestination, parse_host_port
 from moat_gateway.errors import StoreFailed
 from moat_gateway.settings import Settings
 
-_REGION = "us-east-1"  # S3's word for "no region"; MinIO and others take it
+REGION = "us-east-1"  # S3's word for "no region"; MinIO and others take it
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """An access key and its secret key."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,28 @@ def endpoint_url(text: str) -> str:
         ) from None
 
 
-def init(settings: Settings, sleep: Callable[[float], None] = time.sleep) -> BucketState:
+def init(
+    settings: Settings,
+    sleep: Callable[[float], None] = time.sleep,
+    *,
+    bucket: str | None = None,
+    credentials: Credentials | None = None,
+) -> BucketState:
     """Make the bucket if it is missing and turn versioning on; running it again changes nothing.
+
+    Args:
+        settings: of the store.
+        sleep: between attempts.
+        bucket: another one than the settings name.
+        credentials: others than those of the settings' key files.
 
     Raises:
         StoreFailed: the store does not answer within ``store_timeout`` seconds, or refuses.
         UnreadableSecret: a key file cannot be read.
     """
-    client = _client(settings)
+    if bucket is not None:
+        settings = replace(settings, store_bucket=bucket)
+    client = _client(settings, credentials)
     bucket = settings.store_bucket
     deadline = time.monotonic() + settings.store_timeout
     there = _wait(lambda: _exists(client, bucket), settings, deadline, sleep)
@@ -107,10 +129,27 @@ def check(settings: Settings) -> BucketState:
     return BucketState(settings.store_bucket, settings.store_endpoint, False, False)
 
 
-def _client(settings: Settings) -> Any:
+def accepts(settings: Settings, access_key: str, secret_key: str, bucket: str) -> bool:
+    """Say whether the store takes these credentials for a bucket that they may list."""
+    from botocore.exceptions import ClientError
+
+    client = _client(settings, Credentials(access_key, secret_key))
+    try:
+        client.head_bucket(Bucket=bucket)
+    except ClientError as e:
+        if e.response["ResponseMetadata"].get("HTTPStatusCode") in (401, 403):
+            return False
+        raise _failed(settings, "look for the bucket", e) from e
+    return True
+
+
+def _client(settings: Settings, credentials: Credentials | None = None) -> Any:
     url = endpoint_url(settings.store_endpoint)
-    access = secretfiles.read_value(settings.store_access_key_file)
-    secret = secretfiles.read_value(settings.store_secret_key_file)
+    if credentials is None:
+        credentials = Credentials(
+            secretfiles.read_value(settings.store_access_key_file),
+            secretfiles.read_value(settings.store_secret_key_file),
+        )
     try:
         import boto3
         from botocore.config import Config
@@ -127,9 +166,9 @@ def _client(settings: Settings) -> Any:
     return boto3.session.Session().client(
         "s3",
         endpoint_url=url,
-        region_name=_REGION,
-        aws_access_key_id=access,
-        aws_secret_access_key=secret,
+        region_name=REGION,
+        aws_access_key_id=credentials.access_key,
+        aws_secret_access_key=credentials.secret_key,
         config=config,
         verify=ca,
     )

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves `moat-gateway store accounts` against a real MinIO: made once, least privilege, rotation without a gap.
+
+Every "may not" is asked of the server itself, as the account, with the request that would do the damage.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.gateway.harness import Site, free_port
+from tests.integration.gateway.isolated import stop_process
+from tests.integration.gateway.test_store import Store
+
+from moat.build.cache import Cache
+
+#: Run by the gateway's own Python, which has boto3: one request as an account, and what came of it.
+ASK = """
+import json, sys
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+q = json.load(sys.stdin)
+config = Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"})
+c = boto3.session.Session().client("s3", endpoint_url=q["url"], region_name="us-east-1", config=config,
+    aws_access_key_id=q["access"], aws_secret_access_key=q["secret"])
+try:
+    a = getattr(c, q["call"])(**q["args"])
+    body = a.get("Body")
+    print(json.dumps({"ok": True, "version": a.get("VersionId"), "body": body.read().decode() if body else None}))
+except ClientError as e:
+    print(json.dumps({"ok": False, "code": e.response["Error"]["Code"]}))
+"""
+
+#: The same for the admin interface.
+ADMIN = """
+import json, sys
+from moat_gateway import settings, store, storeaccounts
+from moat_gateway.errors import StoreFailed
+q = json.load(sys.stdin)
+values, _ = settings.load({}, {"store_endpoint": q["url"]})
+admin = storeaccounts.Admin(values, store.Credentials(q["access"], q["secret"]))
+try:
+    if q["sealed"] is None:
+        admin.call(q["method"], q["path"], q["query"], b"")
+    else:
+        admin.call_sealed(q["method"], q["path"], q["query"], q["sealed"])
+    print(json.dumps({"ok": True}))
+except StoreFailed as e:
+    print(json.dumps({"ok": False, "code": e.found}))
+"""
+
+
+class Accounts:
+    """The running store, its secrets as the site has them, and requests as each account."""
+
+    def __init__(self, folder: Path, site: Site, store: Store) -> None:
+        self.folder, self.site, self.store = folder, site, store
+        self.values = {"store_root_user": store.access, "store_root_password": store.secret}
+        self.new("reader")
+        self.new("writer")
+
+    def new(self, role: str) -> None:
+        """Make new keys, as the site does at a rotation."""
+        self.values[f"store_{role}_access_key"] = f"moat-{role}-{secrets.token_urlsafe(32)}"
+        self.values[f"store_{role}_secret_key"] = secrets.token_urlsafe(32)
+        self.folder.mkdir(exist_ok=True)
+        for name, value in self.values.items():
+            (self.folder / name).write_text(value + "\n")
+
+    def run(self, *more: str) -> dict[str, Any]:
+        """Run the command; its output never holds a secret."""
+        done = self.site.command(
+            "store", "accounts", "--json", "--secrets", str(self.folder), "--bucket", "moat-config", "--bucket",
+            "moat-audit", "--endpoint", f"127.0.0.1:{self.store.port}", *more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shown = done.stdout + done.stderr
+        assert not [v for v in self.values.values() if v in shown]
+        value: dict[str, Any] = json.loads(done.stdout)
+        return value
+
+    def keys(self, role: str) -> tuple[str, str]:
+        return self.values[f"store_{role}_access_key"], self.values[f"store_{role}_secret_key"]
+
+    def ask(self, keys: tuple[str, str], call: str, **args: Any) -> dict[str, Any]:
+        return self._python(ASK, keys, {"call": call, "args": args})
+
+    def admin(
+        self, keys: tuple[str, str], method: str, path: str, query: dict[str, str], body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self._python(ADMIN, keys, {"method": method, "path": path, "query": query, "sealed": body})
+
+    def _python(self, program: str, keys: tuple[str, str], question: dict[str, Any]) -> dict[str, Any]:
+        question |= {"url": f"http://127.0.0.1:{self.store.port}", "access": keys[0], "secret": keys[1]}
+        done = subprocess.run(
+            [str(self.site.python), "-c", program],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PYTHONPATH": str(Path(__file__).resolve().parents[3] / "images" / "gateway"), "PATH": "/usr/bin"},
+        )
+        assert done.returncode == 0, done.stderr
+        value: dict[str, Any] = json.loads(done.stdout)
+        return value
+
+
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[Accounts]:
+    built = sorted(Cache().root.glob("built/program-minio-*/minio"), key=lambda p: p.stat().st_mtime)
+    if not built:
+        pytest.skip("no MinIO is built yet; `make demo` builds it")
+    folder = tmp_path_factory.mktemp("accounts")
+    store = Store(folder, free_port(), "moat-root-" + secrets.token_hex(8), secrets.token_urlsafe(32), built[-1])
+    process = store.start()
+    try:
+        made = Accounts(folder / "secrets", Site(folder / "site", python), store)
+        (made.site.folder / "tmp").mkdir(parents=True)
+        assert made.run()["changed"]
+        yield made
+    finally:
+        stop_process(process)
+
+
+def test_a_second_run_changes_nothing_and_either_way_in_is_the_same(accounts: Accounts) -> None:
+    again = accounts.run()
+    assert (again["changed"], again["changes"]) == (False, [])
+
+
+def test_the_writer_writes_and_reads_and_nothing_more(accounts: Accounts) -> None:
+    root, writer = (accounts.store.access, accounts.store.secret), accounts.keys("writer")
+    put = accounts.ask(writer, "put_object", Bucket="moat-config", Key="a", Body="one")
+    assert put["ok"]
+    assert accounts.ask(writer, "get_object", Bucket="moat-config", Key="a")["body"] == "one"
+    assert accounts.ask(writer, "list_object_versions", Bucket="moat-config")["ok"]
+    for call, args in (
+        ("delete_object", {"Bucket": "moat-config", "Key": "a"}),
+        ("delete_object", {"Bucket": "moat-config", "Key": "a", "VersionId": put["version"]}),
+        ("put_bucket_versioning", {"Bucket": "moat-config", "VersioningConfiguration": {"Status": "Suspended"}}),
+        ("delete_bucket", {"Bucket": "moat-config"}),
+        ("create_bucket", {"Bucket": "another-bucket"}),
+        ("list_buckets", {}),
+    ):
+        answer = accounts.ask(writer, call, **args)
+        # MinIO answers list_buckets to everyone, with the buckets that he may see.
+        assert answer.get("code") == "AccessDenied" or call == "list_buckets", (call, answer)
+    # The control: the same request is possible at all.
+    assert accounts.ask(root, "delete_object", Bucket="moat-config", Key="a", VersionId=put["version"])["ok"]
+
+
+def test_a_reader_reads_and_nothing_more(accounts: Accounts) -> None:
+    writer, reader = accounts.keys("writer"), accounts.keys("reader")
+    assert accounts.ask(writer, "put_object", Bucket="moat-audit", Key="b", Body="two")["ok"]
+    assert accounts.ask(reader, "get_object", Bucket="moat-audit", Key="b")["body"] == "two"
+    assert accounts.ask(reader, "list_objects_v2", Bucket="moat-audit")["ok"]
+    for call, args in (
+        ("put_object", {"Bucket": "moat-audit", "Key": "b", "Body": "three"}),
+        ("delete_object", {"Bucket": "moat-audit", "Key": "b"}),
+        ("put_object_tagging", {"Bucket": "moat-audit", "Key": "b", "Tagging": {"TagSet": []}}),
+        ("get_bucket_policy", {"Bucket": "moat-audit"}),
+    ):
+        assert accounts.ask(reader, call, **args).get("code") == "AccessDenied", call
+
+
+@pytest.mark.parametrize("role", ["reader", "writer"])
+def test_neither_reaches_the_administration_nor_keeps_a_key_of_its_own(accounts: Accounts, role: str) -> None:
+    keys = accounts.keys(role)
+    tries: tuple[tuple[str, str, dict[str, str], dict[str, str] | None], ...] = (
+        ("GET", "list-users", {}, None),
+        ("GET", "info", {}, None),
+        ("PUT", "set-user-status", {"accessKey": keys[0], "status": "disabled"}, None),
+        # MinIO lets a user do these two by default; a stolen key would outlive its rotation.
+        ("PUT", "add-user", {"accessKey": keys[0]}, {"secretKey": "of-the-thief-0123456789", "status": "enabled"}),
+        ("PUT", "add-service-account", {}, {"accessKey": "thief-account", "secretKey": "of-the-thief-0123456789"}),
+    )
+    for method, path, query, body in tries:
+        answer = accounts.admin(keys, method, path, query, body)
+        assert answer == {"ok": False, "code": "HTTP 403 AccessDenied"}, path
+    assert accounts.run()["changes"] == []
+
+
+def test_new_keys_work_beside_the_old_ones_until_those_are_removed(accounts: Accounts) -> None:
+    old = accounts.keys("reader")
+    accounts.new("reader")
+    changes = accounts.run()["changes"]
+    assert changes == ["reader made", "reader given the policy moat-reader alone"]
+    for keys in (old, accounts.keys("reader")):
+        assert accounts.ask(keys, "list_objects_v2", Bucket="moat-config")["ok"]
+    assert accounts.run("--prune")["changes"] == ["an account of earlier keys removed"]
+    assert accounts.ask(old, "list_objects_v2", Bucket="moat-config")["code"] == "InvalidAccessKeyId"
+    assert accounts.ask(accounts.keys("reader"), "list_objects_v2", Bucket="moat-config")["ok"]
+    assert accounts.run("--prune")["changed"] is False
+
+
+def test_what_somebody_changed_by_hand_is_set_right(accounts: Accounts) -> None:
+    root, reader = (accounts.store.access, accounts.store.secret), accounts.keys("reader")
+    wrong = {"secretKey": "another-secret-0123456789", "status": "enabled"}
+    assert accounts.admin(root, "PUT", "add-user", {"accessKey": reader[0]}, wrong)["ok"]
+    assert accounts.admin(
+        root, "POST", "idp/builtin/policy/attach", {}, {"policies": ["readwrite"], "user": reader[0]}
+    )["ok"]
+    assert accounts.run()["changes"] == ["reader set", "reader given the policy moat-reader alone"]
+    assert accounts.ask(reader, "put_object", Bucket="moat-config", Key="c", Body="x")["code"] == "AccessDenied"
+    assert accounts.run()["changed"] is False
+
+
+def test_wrong_root_credentials_are_refused_and_not_shown(accounts: Accounts, tmp_path: Path) -> None:
+    right = accounts.values["store_root_password"]
+    (accounts.folder / "store_root_password").write_text("wrong-password-canary\n")
+    try:
+        done = accounts.site.command(
+            "store", "accounts", "--secrets", str(accounts.folder), "--endpoint", f"127.0.0.1:{accounts.store.port}"
+        )
+    finally:
+        (accounts.folder / "store_root_password").write_text(right + "\n")
+    assert done.returncode == 17
+    assert "canary" not in done.stdout + done.stderr

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves the envelope of MinIO's admin interface: content comes back, and no cut, swap, change or other key passes.
+
+That MinIO itself opens what is sealed here, and the reverse: tests/integration/gateway/test_store_accounts.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from moat_gateway import sealed, storeaccounts
+from moat_gateway.errors import UnreadableSecret
+
+KEY = "the-secret-key-of-root"
+F = sealed.FRAGMENT
+
+
+@pytest.mark.parametrize("size", [0, 1, F - 1, F, F + 1, 3 * F, 3 * F + 7])
+def test_content_of_every_length_comes_back(size: int) -> None:
+    content = bytes(i % 251 for i in range(size))
+    envelope = sealed.seal(KEY, content)
+    assert sealed.unseal(KEY, envelope) == content
+    assert len(envelope) == 41 + size + 16 * max(1, -(-size // F))
+
+
+def test_each_envelope_has_its_own_salt_and_nonce() -> None:
+    assert sealed.seal(KEY, b"x")[:41] != sealed.seal(KEY, b"x")[:41]
+
+
+def test_nothing_that_was_tampered_with_opens() -> None:
+    envelope = sealed.seal(KEY, bytes(2 * F + 5))
+    head, a, b, c = envelope[:41], envelope[41 : 57 + F], envelope[57 + F : 73 + 2 * F], envelope[73 + 2 * F :]
+    assert head + a + b + c == envelope
+    flipped = bytes([envelope[50] ^ 1])
+    for wrong in (
+        head + a + b,  # the end is missing
+        head + a + c,  # a fragment is missing
+        head + b + a + c,  # two are swapped
+        head + a + b + c + c,  # one came twice
+        envelope[:50] + flipped + envelope[51:],
+        bytes([envelope[0] ^ 1]) + envelope[1:],  # the salt
+        envelope[:32] + b"\x07" + envelope[33:],  # an unknown algorithm
+        envelope[:30],
+        b"",
+    ):
+        with pytest.raises(sealed.NotSealed):
+            sealed.unseal(KEY, wrong)
+    with pytest.raises(sealed.NotSealed):
+        sealed.unseal(KEY + "x", envelope)
+
+
+def test_the_policies_allow_no_deletion_and_deny_the_administration() -> None:
+    made = storeaccounts.policies(["one", "two"])
+    assert set(made) == {"moat-reader", "moat-writer"}
+    for name, policy in made.items():
+        allowed = {a for s in policy["Statement"] if s["Effect"] == "Allow" for a in s["Action"]}
+        assert not [a for a in allowed if "*" in a or "Delete" in a or not a.startswith("s3:")]
+        assert [a for a in allowed if "Put" in a] == (["s3:PutObject"] if name == "moat-writer" else [])
+        assert {"Effect": "Deny", "Action": ["admin:*"]} in policy["Statement"]
+        resources = {r for s in policy["Statement"] for r in s.get("Resource", [])}
+        assert resources == {f"arn:aws:s3:::{b}{e}" for b in ("one", "two") for e in ("", "/*")}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"store_root_user": "x"}', '{"store_root_user": 1}'])
+def test_secrets_from_standard_input_are_whole_or_refused(text: str) -> None:
+    with pytest.raises(UnreadableSecret):
+        storeaccounts.read_json(text)
