@@ -13,9 +13,28 @@ ROOT = Path(__file__).resolve().parents[3]
 TARGET = "debian13-amd64"
 
 
-def moat_build(output: Path, *, checkout: Path = ROOT, env: dict[str, str] | None = None) -> Path:
+def moat_build(
+    output: Path,
+    *,
+    checkout: Path = ROOT,
+    env: dict[str, str] | None = None,
+    profile: str = "demo",
+    target: str = TARGET,
+) -> Path:
     """Run ``moat build`` and return the bundle's folder."""
-    argv = [sys.executable, "-m", "moat", "build", "--profile", "demo", "--target", TARGET, "-o", str(output), "--json"]
+    argv = [
+        sys.executable,
+        "-m",
+        "moat",
+        "build",
+        "--profile",
+        profile,
+        "--target",
+        target,
+        "-o",
+        str(output),
+        "--json",
+    ]
     full = {**os.environ, "PYTHONPATH": str(checkout / "scripts"), **(env or {})}
     done = subprocess.run(argv, env=full, capture_output=True, text=True, cwd=output.parent)
     assert done.returncode == 0, done.stderr[-3000:]

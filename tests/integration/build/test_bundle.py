@@ -73,10 +73,28 @@ def test_the_wheel_house_installs_by_hash_with_no_network(bundle: Path, tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "site/litellm/__init__.py").is_file()
     assert (tmp_path / "site/moat_gateway/__init__.py").is_file()
-    listed = (wheels / "requirements.txt").read_text("utf-8")
-    files = sorted(p.name for p in wheels.glob("*.whl"))
-    assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}", listed)) == len(files)
-    assert not any("litellm_enterprise" in name for name in files)
+    hashes = {hashlib.sha256(p.read_bytes()).hexdigest(): p.name for p in wheels.glob("*.whl")}
+    listed = {
+        name: re.findall(r"^[a-z0-9.-]+==\S+ --hash=sha256:([0-9a-f]{64})$", (wheels / name).read_text("utf-8"), re.M)
+        for name in ("requirements.txt", "control-requirements.txt")
+    }
+    # Every wheel is in one of the two lists, but for pip, which installs them.
+    (pip,) = [name for name in hashes.values() if name.startswith("pip-")]
+    assert {hashes[h] for of in listed.values() for h in of} == set(hashes.values()) - {pip}
+    assert len(listed["requirements.txt"]) > 100
+    assert "ansible" not in (wheels / "requirements.txt").read_text("utf-8")
+    assert not any("litellm_enterprise" in name for name in hashes.values())
+
+
+def test_the_installer_and_the_playbooks_travel(bundle: Path) -> None:
+    listed = {f.path: f for f in parse_manifest((bundle / "manifest.json").read_bytes()).files}
+    assert (listed["install.sh"].kind, listed["install.sh"].component) == ("program", "install")
+    assert (bundle / "install.sh").stat().st_mode & 0o777 == 0o755
+    assert (bundle / "install.sh").read_bytes().startswith(b"#!/bin/sh\n")
+    playbooks = {path for path, f in listed.items() if f.kind == "ansible"}
+    assert playbooks == {path for path in listed if path.startswith("ansible/")}
+    assert {"ansible/site.yml", "ansible/ansible.cfg", "ansible/inventory/localhost.yml"} <= playbooks
+    assert not [p for p in playbooks if "/tests/" in p or p.endswith((".pyc", "install.sh"))]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.integration.build.building import ROOT, moat_build
 
 from moat.build.cache import Cache
 
-PARTS = ("scripts", "images", "bundles", "compose", "docs", "LICENSE", "pyproject.toml")
+PARTS = ("scripts", "images", "bundles", "ansible", "compose", "docs", "LICENSE", "pyproject.toml")
 FULL = os.environ.get("MOAT_TEST_FULL") == "1"
 
 

