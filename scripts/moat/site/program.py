@@ -188,6 +188,7 @@ def _from_layer(
         raise ValueError(f"{blob} is no ordinary file")
     # Folders' headers and padding are on top of the sum of the files.
     content = _Hashed(gzip.GzipFile(fileobj=stream), image.unpacked + 64 * 1024 * 1024)
+    to.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     found: tuple[str, int] | None = None
     try:

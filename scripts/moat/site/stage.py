@@ -83,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prune", type=int, metavar="N", help="afterwards keep the newest N releases and those in use")
     parser.add_argument("--check", action="store_true", help="only say what would be done")
     parser.add_argument(
-        "--record", action="store_true", help="record the release as installed: older ones are refused from now on"
+        "--record",
+        action="store_true",
+        help="the release is the one of this host now: link `current` to it, and refuse older ones from now on"
     )
     add_trust_arguments(parser)
 
@@ -109,7 +111,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             if not args.check:
                 store.prune(pruned)
         if args.record:
-            recorded = record(args.state_dir, source.signed, check=args.check)
+            recorded = store.point(outcome.release, check=args.check)
+            recorded |= record(args.state_dir, source.signed, check=args.check)
     changed = outcome.changed or bool(pruned) or recorded
     would = "would be " if args.check else ""
     lines = [f"{outcome.release}: {would}staged ({why})" for why in outcome.why[:5]] if outcome.changed else []

@@ -213,6 +213,27 @@ class Store:
                         found.setdefault(target.relative_to(self.releases).parts[0], str(link))
         return found
 
+    def point(self, name: str, *, check: bool = False) -> bool:
+        """Make ``current`` name a release and ``previous`` the one before, and tell whether it did not yet.
+
+        Raises:
+            StageFailed: something else than a link stands there, or it cannot be written.
+        """
+        current, previous = self.root / "current", self.root / "previous"
+        target = f"releases/{name}"
+        try:
+            before = os.readlink(current) if current.is_symlink() else None
+            if before == target:
+                return False
+            if not check:
+                if before is not None:
+                    _link(previous, before)
+                _link(current, target)
+                fsync_folder(self.root)
+        except OSError as e:
+            raise refused("cannot be linked", e, current) from e
+        return True
+
     def prunable(self, keep: int, staged: str) -> list[str]:
         """Return the releases that are neither among the newest ``keep``, nor linked to, nor ``staged``."""
         age: dict[str, tuple[object, ...]] = {}
@@ -242,6 +263,14 @@ class Store:
                 remove(hidden)
             except OSError as e:
                 raise refused("cannot be removed", e, self.release(name)) from e
+
+
+def _link(link: Path, target: str) -> None:
+    """Make or move a symbolic link in one step."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
 
 
 def remove(path: Path) -> None:
