@@ -226,7 +226,7 @@ class AptRoot:
         places = [(m[1], m[2]) for m in re.finditer(r"^'([^']+)' (\S+) \d+ ", text, re.M)]
         return sorted(self._packages(places), key=lambda p: (p.name, p.version))
 
-    def check_installs(self, path: Path, *, base: Iterable[str]) -> None:
+    def check_installs(self, name: str, path: Path, *, base: Iterable[str]) -> None:
         """Ask apt whether a .deb from elsewhere installs on the base, with what the target's release has.
 
         Raises:
@@ -234,9 +234,9 @@ class AptRoot:
         """
         self._write_status([self._stanza(n) for n in sorted(set(base))])
         with tempfile.TemporaryDirectory(dir=self._dir) as scratch:
-            file = Path(scratch) / "package.deb"  # apt tells a file from a name by its ending
+            file = Path(scratch) / name  # apt tells a file by its ending, which the cache's names have not
             file.symlink_to(path)
-            self._run("apt-get", "-s", "--no-install-recommends", "install", str(file), what=f"trying {path.name}")
+            self._run("apt-get", "-s", "--no-install-recommends", "install", str(file), what=f"trying {name}")
 
     def _packages(self, places: Iterable[tuple[str, str]]) -> Iterator[DebianPackage]:
         """Look ``(URI, apt's local file name)`` up in the indexes."""

@@ -169,7 +169,7 @@ def _newer(context: Context, apt: debian.AptRoot, target: Target, images: list[L
     with http_client(proxy=apt_proxy("http")) as client:
         context.download(places, f"packages of {IMAGE_TARGET.suite}", client)
     for e in found:
-        apt.check_installs(context.cache.require(e), base=apt.base())
+        apt.check_installs(e.filename, context.cache.require(e), base=apt.base())
         context.console.info(f"{wanted[e.name]}: {e.name} {e.version} of {IMAGE_TARGET.suite}")
     return [replace(e, uses=(wanted[e.name],)) for e in found]
 

@@ -50,6 +50,7 @@ class Archive:
 
     root: Path
     gnupg: Path
+    suites: tuple[str, ...] = ("trixie",)
 
     def key(self, name: str) -> Path:
         """Make a signing key and return its public half as a keyring."""
@@ -90,11 +91,15 @@ class Archive:
 
     def publish(self, key: str) -> None:
         """Write and sign the indexes of every suite from what the pools hold now."""
-        suites = (
-            ("debian", "trixie", True),
-            ("debian", "trixie-updates", False),
-            ("debian-security", "trixie-security", True),
-        )
+        suites = [
+            suite
+            for name in self.suites
+            for suite in (
+                ("debian", name, True),
+                ("debian", f"{name}-updates", False),
+                ("debian-security", f"{name}-security", True),
+            )
+        ]
         for archive, suite, listed in suites:
             base = self.root / archive
             binary = base / "dists" / suite / "main" / "binary-amd64"
@@ -318,3 +323,34 @@ def test_the_lock_command_writes_only_what_changed(world: World) -> None:
     assert run()["changed"] == [debs_lock_name(TARGET)]
     assert {e.version for e in world.debs() if e.name == "libthing"} == {"1.1"}
     assert run("--check")["changed"] == []
+
+
+def test_another_target_takes_what_is_named_from_the_images_release_if_it_installs_there(world: World) -> None:
+    """The same archive under a second code name stands for the older release."""
+    other = TARGETS["debian12-amd64"]
+    world.archive.suites = ("trixie", "bookworm")
+    world.archive.publish("archive")
+    components = definitions.read_components()
+    quiet = Console(quiet=True, err=io.StringIO())
+
+    def resolve(*sets: DebianSet) -> list[LockedFile]:
+        small = definitions.Components(components.wheels, sets, components.go, components.hub)
+        with httpx.Client() as client:
+            context = lock.Context(small, read_policy(), world.cache, quiet, client, datetime.now(UTC))
+            return lock.lock_debs(context, other, world.debs())
+
+    (taken,) = resolve(*SETS, DebianSet("host", (), (), other.name, ("libthing",)))
+    assert taken.source.startswith("debian-security:trixie-security/")
+    assert taken.uses == ("host",), "the images' use of it stays in the images' lock"
+    own = {e.name: e for e in resolve(DebianSet("host", ("thing",), (), other.name))}
+    assert {debian.suite_of(e) for e in own.values()} == {"bookworm"}
+    with pytest.raises(LockFailed, match="absent: not among the packages of debian13-amd64"):
+        resolve(DebianSet("host", (), (), other.name, ("absent",)))
+
+    # The older release loses what `thing` needs: apt says so when it is tried there.
+    (lib,) = [e for e in world.debs() if e.name == "libthing"]
+    (world.archive.root / "debian-security" / debian.pool_path(lib)[1]).unlink()
+    world.archive.publish("archive")
+    with pytest.raises(LockFailed, match="^trying thing_") as refused:
+        resolve(DebianSet("host", (), (), other.name, ("thing",)))
+    assert "libthing" in (refused.value.found or "")
