@@ -10,7 +10,7 @@ export UV_CACHE_DIR := $(MOAT_CACHE)/uv
 export PYTHONDONTWRITEBYTECODE := 1
 PY := .venv/bin/python
 
-.PHONY: help setup demo demo-down test lint unit integration acceptance bench lock clean
+.PHONY: help setup demo demo-down test lint unit integration acceptance molecule bench lock clean
 
 help: ## Show this list
 	@echo "Moat: signed offline bundles of the LiteLLM gateway"
@@ -29,7 +29,7 @@ demo-down: ## Stop the demo and remove what it made (keeps the cache and the bun
 test: setup ## Everything CI runs: linters, unit, integration and acceptance tests
 	@$(PY) tests/run.py
 
-lint: setup ## ruff, mypy --strict, yamllint, shellcheck, and the house rules (tests/unit/house)
+lint: setup ## ruff, mypy --strict, yamllint, shellcheck, ansible-lint, and the house rules (tests/unit/house)
 	@$(PY) tests/run.py lint
 
 unit: setup ## Fast tests, no engine
@@ -40,6 +40,9 @@ integration: setup ## Tests with real servers and programs
 
 acceptance: setup ## Tests of the whole product through the running demo
 	@$(PY) tests/run.py acceptance
+
+molecule: setup ## The USB install on hosts without a network (SCENARIO=default: one of them; KEEP=1: leave the hosts)
+	@$(PY) molecule/run.py $(SCENARIO) $(if $(KEEP),--keep)
 
 bench: setup ## Measurements, as ratios against stock tools (nothing is asserted)
 	@$(PY) tests/benchmarks/run.py

@@ -108,34 +108,8 @@ class Node:
         model: str = "smollm2-135m-instruct",
     ) -> Answer:
         """Ask from inside the host, through nginx, with TLS checked against the site's authority."""
-        question: dict[str, Any] = {"url": url, "key_file": key_file, "stream": stream, "prompt": prompt, "model": model}
-        question["max_tokens"] = max_tokens
-        program = parts[5].split('"')[1] if len(parts) > 5 else "?"
-            found.add((address.strip("[]"), int(port), program))
-        return found
-
-    def new_key(self, name: str, team: str = "default") -> str:
-        """Make a client key as an operator does and leave it in a file; return the file's path inside."""
-        path = f"/run/{name}.key"
-        self.run("rm", "-f", path)
-        self.run("moat-gateway", "keys", "revoke", name)
-        self.ok("moat-gateway", "keys", "new", name, "--team", team, "--out", path)
-        return path
-
-    def chat(
-        self,
-        key_file: str,
-        *,
-        url: str = "https://localhost:8443",
-        stream: bool = False,
-        prompt: str = "What is a castle moat for?",
-        max_tokens: int = 24,
-        model: str = "smollm2-135m-instruct",
-    ) -> Answer:
-        """Ask from inside the host, through nginx, with TLS checked against the site's authority."""
-        question = {
-            "url": url, "key_file": key_file, "stream": stream, "prompt": prompt, "max_tokens": max_tokens, "model": model,
-        }  # fmt: skip
+        question: dict[str, Any] = {"url": url, "key_file": key_file, "stream": stream, "prompt": prompt}
+        question |= {"model": model, "max_tokens": max_tokens}
         program = (SHARED / "ask.py").read_text("utf-8")
         out = self.ok("python3", "-c", program, stdin=json.dumps(question))
         return Answer(**json.loads(out))

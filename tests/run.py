@@ -8,6 +8,7 @@ was found: where no demo was running before, it is taken down at the end.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -20,9 +21,9 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q"]
 
 
-def _run(argv: list[str]) -> bool:
+def _run(argv: list[str], environment: dict[str, str] | None = None) -> bool:
     print("+ " + " ".join(a if len(a) < 60 else a[:57] + "..." for a in argv[:8]), flush=True)
-    return subprocess.run(argv, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode == 0
+    return subprocess.run(argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _tracked(*patterns: str) -> list[str]:
@@ -35,6 +36,21 @@ def _tracked(*patterns: str) -> list[str]:
     return [name for name in done.stdout.decode().splitlines() if (ROOT / name).is_file()]
 
 
+def _ansible_lint() -> bool:
+    """Run ansible-lint without a network, with the configuration, modules and roles of ansible/."""
+    bin_dir = Path(PYTHON).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "ANSIBLE_HOME": str(ROOT / ".moat" / "ansible-lint"),
+        "ANSIBLE_LIBRARY": str(ROOT / "ansible" / "library"),
+        "ANSIBLE_FILTER_PLUGINS": str(ROOT / "ansible" / "filter_plugins"),
+        "ANSIBLE_ROLES_PATH": str(ROOT / "ansible" / "roles"),
+    }
+    argv = [str(bin_dir / "ansible-lint"), "--offline", "-q", "-c", "ansible/.ansible-lint", "ansible", "molecule"]
+    return _run(argv, environment)
+
+
 def lint() -> bool:
     """Run every linter; all of them, so that one run shows all there is to mend."""
     bin_dir = Path(PYTHON).parent
@@ -43,8 +59,11 @@ def lint() -> bool:
         _run([str(bin_dir / "ruff"), "check", "."]),
         _run([str(bin_dir / "ruff"), "format", "--check", "."]),
         _run([PYTHON, "-m", "mypy", "scripts/moat", "images/gateway/moat_gateway", "tests/run.py"]),
+        # Its own run: these are scripts, not modules of one package.
+        _run([PYTHON, "-m", "mypy", *_tracked("molecule/*.py", ":!molecule/*/tests/*", ":!molecule/conftest.py")]),
         _run([str(bin_dir / "yamllint"), "--strict", *_tracked("*.yaml", "*.yml", ".yamllint")]),
         _run(["shellcheck", *shell]),
+        _ansible_lint(),
     ]
     return all(results)
 
@@ -69,6 +88,11 @@ def acceptance() -> bool:
     return _run([*PYTEST, "tests/acceptance"])
 
 
+def molecule() -> bool:
+    """The USB install on test hosts without a network; each scenario is timed in a table of its own."""
+    return _run([PYTHON, "molecule/run.py"])
+
+
 @dataclass(frozen=True)
 class Result:
     """How one stage ended; ``seconds`` is wall time."""
@@ -84,6 +108,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "demo": demo,
     "integration": integration,
     "acceptance": acceptance,
+    "molecule": molecule,
 }
 
 
