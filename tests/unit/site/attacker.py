@@ -244,7 +244,7 @@ WITHOUT_KEY = [
     Attack(
         "an extra file", "extra", 7, _extra(b"wheels/evil-1.0-py3-none-any.whl"), "wheels/evil-1.0-py3-none-any.whl"
     ),
-    Attack("an extra file at the top", "extra", 7, _extra(b"install.sh"), "install.sh"),
+    Attack("an extra file at the top", "extra", 7, _extra(b"setup.sh"), "setup.sh"),
     Attack("an extra hidden file", "extra", 7, _extra(b".profile"), ".profile"),
     Attack("an extra empty file", "extra", 7, _extra(b"wheels/x", b""), "wheels/x"),
     Attack("an extra file in an extra folder", "extra", 7, _extra(b"a/b/c/d"), "a/b/c/d"),

@@ -30,7 +30,7 @@ BLOCKS = re.findall(r"<!-- test: ([a-z-]+) -->\n```console\n(.*?)```", PAGE, re.
 def _files(made: Made) -> None:
     (made.path / "README.txt").write_bytes((made.path / "README.txt").read_bytes() + b"x\n")
     (made.path / "wheels/a-1.0-py3-none-any.whl").unlink()
-    (made.path / "install.sh").write_bytes(b"e\n")
+    (made.path / "setup.sh").write_bytes(b"e\n")
 
 
 def _older(made: Made) -> None:
