@@ -35,7 +35,12 @@ class Marks:
 
     def is_control(self, address: str, port: int) -> bool:
         """Whether an attempt at ``address`` and ``port`` is one of ours."""
-        return address in (self.ipv4, self.ipv6) and port in (self.port, 53)
+        return address in (self.ipv4, self.ipv6) and port in (self.port, self.call_port, 53)
+
+    @property
+    def call_port(self) -> int:
+        """The port of the control that is a call without a packet."""
+        return self.port + 1
 
 
 def draw() -> Marks:
