@@ -20,7 +20,20 @@ from moat.console import Console
 from moat.errors import MoatError
 
 #: Travel on the medium; standard library only.
-SITE_COMMANDS = ("verify", "inspect", "plan", "doctor", "load", "prepare", "firewall", "stage", "pack", "program", "aptsign")
+SITE_COMMANDS = (
+    "verify",
+    "inspect",
+    "plan",
+    "doctor",
+    "load",
+    "prepare",
+    "firewall",
+    "stage",
+    "pack",
+    "program",
+    "aptsign",
+    "evidence",
+)
 #: Stay on the build host; absent from moat.pyz.
 BUILD_COMMANDS = ("lock", "fetch", "build", "keys", "sign")
 

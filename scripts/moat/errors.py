@@ -161,6 +161,12 @@ class StageFailed(MoatError):
     exit_code, kind = 26, "stage-failed"
 
 
+class EvidenceFailed(MoatError):
+    """The evidence cannot be written, would hold a secret, or shows something that must not be (`moat evidence`)."""
+
+    exit_code, kind = 27, "evidence-failed"
+
+
 class InstallFailed(MoatError):
     """A playbook that `install.sh` or `moat-site` ran ended with an error; Ansible's words are in the log."""
 
