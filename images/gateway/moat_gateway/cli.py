@@ -20,6 +20,7 @@ from typing import Any
 from moat_gateway import (
     __version__,
     adminclient,
+    endpoints,
     events,
     keyfile,
     keys,
@@ -56,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", action="store_true", help="one JSON object on stdout")
     settings.add_options(check)
+
+    listing = command(
+        "endpoints", _endpoints, "List every destination that the configuration names, and whether it is allowed."
+    )
+    listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    settings.add_options(listing)
 
     _keys_parser(command("keys", _keys, "Make, list and revoke client keys in keys.yaml."))
 
@@ -193,6 +200,18 @@ def _check(args: argparse.Namespace) -> int:
             f"{len(checked.config.secrets)} secrets, {len(checked.keys.keys)} keys of {len(checked.keys.teams)} teams; "
             f"allowed destinations: {values.allow}"
         )
+    return 0
+
+
+def _endpoints(args: argparse.Namespace) -> int:
+    values, _unknown = _load(args)
+    found = endpoints.to_dict(values)
+    if args.json:
+        _print_json(found)
+        return 0
+    for e in found["endpoints"]:
+        print(f"{'allowed' if e['allowed'] else 'REFUSED':<8} {e['url']:<40} {e['setting']}")
+    print(f"allowed destinations: {values.allow}")
     return 0
 
 

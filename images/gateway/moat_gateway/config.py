@@ -135,8 +135,19 @@ class CheckedConfig:
     sha256: str
 
 
-def read(path: Path, secrets_dir: Path, allow: AllowList) -> tuple[CheckedConfig | None, list[GatewayError]]:
-    """Read and check one file.
+@dataclass(frozen=True)
+class Named:
+    """One destination that the file names: where, what (never more than host and port), allowed or not."""
+
+    at: Trail
+    text: str
+    allowed: bool
+
+
+def read(
+    path: Path, secrets_dir: Path, allow: AllowList, named: list[Named] | None = None
+) -> tuple[CheckedConfig | None, list[GatewayError]]:
+    """Read and check one file; every destination is added to ``named``.
 
     Returns:
         The configuration, or ``None`` with at least one problem, in the order of the file.
@@ -146,11 +157,16 @@ def read(path: Path, secrets_dir: Path, allow: AllowList) -> tuple[CheckedConfig
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except GatewayError as e:
         return None, [e]
-    return check(document, str(path), digest, secrets_dir, allow)
+    return check(document, str(path), digest, secrets_dir, allow, named)
 
 
 def check(
-    document: Document, name: str, digest: str, secrets_dir: Path, allow: AllowList
+    document: Document,
+    name: str,
+    digest: str,
+    secrets_dir: Path,
+    allow: AllowList,
+    named: list[Named] | None = None,
 ) -> tuple[CheckedConfig | None, list[GatewayError]]:
     """Check a parsed file; see :func:`read`."""
     if not isinstance(document.data, dict):
@@ -165,6 +181,8 @@ def check(
         ]
     checker = _Checker(document, name, secrets_dir, allow)
     checker.run()
+    if named is not None:
+        named += checker.named
     if checker.problems:
         return None, sorted(checker.problems, key=lambda e: e.line or 0)
     models = document.data["model_list"]
@@ -209,6 +227,7 @@ class _Checker:
         self._dir = secrets_dir
         self._allow = allow
         self.problems: list[GatewayError] = []
+        self.named: list[Named] = []
         self.secrets: dict[str, str] = {}
 
     def run(self) -> None:
@@ -330,6 +349,9 @@ class _Checker:
             except NotADestination:
                 found = [NotADestination("a destination that cannot be read")]
         for d in found:
+            allowed = not isinstance(d, NotADestination) and self._allow.allows(d)
+            hidden = secret and "://" not in text and not allowed
+            self.named.append(Named(at, "a destination in a secret" if hidden else str(d), allowed))
             if isinstance(d, NotADestination):
                 self._outside(at, f"holds a {d}", None)
             elif not self._allow.allows(d) and secret and "://" not in text:
@@ -349,7 +371,9 @@ class _Checker:
                     d: Destination | None = parse_host_port(value[0])
                 except NotADestination:
                     d = None
-                if d is None or not self._allow.allows(Destination(d.host, value[1])):
+                allowed = d is not None and self._allow.allows(Destination(d.host, value[1]))
+                self.named.append(Named(at, str(Destination(d.host, value[1]) if d else "an unreadable host"), allowed))
+                if not allowed:
                     self._outside(
                         at, f"points to {value[0]}:{value[1]}" if d else "holds a host that cannot be read", d
                     )
