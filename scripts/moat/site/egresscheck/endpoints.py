@@ -131,6 +131,12 @@ def of_arguments(name: str, words: Iterable[str], allow: AllowList) -> list[Endp
     return [Endpoint(f"{name}: argument", _show(d), allow.allows(d)) for word in words for d in in_text(word)]
 
 
+def of_words(name: str, setting: str, words: Iterable[str], allow: AllowList) -> list[Endpoint]:
+    """Return what a list of addresses names; this host itself is left out."""
+    found = [read(word) or Destination("") for word in words]
+    return [Endpoint(f"{name}: {setting}", _show(d), allow.allows(d)) for d in found if not d.local]
+
+
 def _of_value(key: str, value: str) -> list[Destination]:
     found = in_text(value)
     if found or "://" in value or key in _NO_KEYS or not _KEYS.search(key):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import ipaddress
 import os
 import selectors
 import socket
@@ -157,8 +158,7 @@ class NamesLayer:
         folder: where the engine keeps the namespaces of running containers.
         marks: the controls' name.
         own: names that are the site's own, or on the allow-list.
-        networks: beginning of the addresses that are the site's, such as ``172.30.242.``: other containers of the
-            host are none of our business.
+        networks: the site's: other containers of the host are none of our business.
         running: asks for each running component's namespace (a file below ``folder``) and start (seconds).
     """
 
@@ -169,7 +169,7 @@ class NamesLayer:
         folder: Path,
         marks: Marks,
         own: Sequence[str],
-        networks: Sequence[str],
+        networks: Sequence[ipaddress.IPv4Network],
         running: Callable[[], dict[str, tuple[Path, float]]],
     ) -> None:
         self._folder = folder
@@ -324,7 +324,7 @@ class NamesLayer:
     def _attempts(self) -> list[Attempt]:
         found, caught = [], set()
         for q in self._questions:
-            if not any(a.startswith(n) for a in q.addresses for n in self._networks):
+            if not any(ipaddress.ip_address(a) in n for a in q.addresses for n in self._networks):
                 continue
             component = self._component(q)
             ours = q.name == self._marks.name

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,20 @@ T = TypeVar("T")
 def network_of(pid: int) -> Path:
     """Return the network namespace of a process, as a file."""
     return Path(f"/proc/{pid}/ns/net")
+
+
+def default_gateway(pid: int) -> str | None:
+    """Return the IPv4 address of a process's default way, or ``None`` if it has none."""
+    try:
+        lines = Path(f"/proc/{pid}/net/route").read_text("ascii").splitlines()[1:]
+    except OSError:
+        return None
+    for line in lines:
+        # interface, destination, gateway, ... as hexadecimal numbers in the machine's byte order
+        words = line.split()
+        if len(words) > 7 and words[1] == words[7] == "00000000":
+            return socket.inet_ntoa(struct.pack("=I", int(words[2], 16)))
+    return None
 
 
 def inside(namespace: Path, make: Callable[[], T]) -> T:
