@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to go on watching after the last request; default %(default)s",
     )
+    sub.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="a client key for the first requests; default on a systemd site: the gateways' own master key",
+    )
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the report; default {EVIDENCE_DIR}/<time>")
 
 
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     folder = args.out or EVIDENCE_DIR / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     with _signals_end_cleanly():
-        site = _site(args.site, args.dir, console)
+        site = _site(args.site, args.dir, args.key_file, console)
         options = Options(quiet_seconds=args.quiet_seconds, allow=tuple(args.allow))
         report = verify(site, options, console)
         # Imported here: the page is a large module, and no part of a capture that has to be undone.
@@ -106,12 +112,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return code
 
 
-def _site(kind: str, directory: Path, console: Console) -> Site:
+def _site(kind: str, directory: Path, key_file: Path | None, console: Console) -> Site:
     """Return the running site; with ``auto``, systemd before Compose."""
     from moat.site.egresscheck.systemd_site import SystemdSite
 
     if kind == "systemd" or (kind == "auto" and SystemdSite.is_here()):
-        return SystemdSite(console)
+        return SystemdSite(console, key_file)
     if kind == "auto" and not (directory / "compose.yaml").is_file():
         raise EgressUnproven(
             "there is no site to verify here",
@@ -121,7 +127,7 @@ def _site(kind: str, directory: Path, console: Console) -> Site:
         )
     from moat.site.egresscheck.compose_site import ComposeSite
 
-    return ComposeSite(directory, console)
+    return ComposeSite(directory, console, key_file)
 
 
 @contextmanager

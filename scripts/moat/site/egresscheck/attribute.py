@@ -3,7 +3,9 @@
 
 The layer of the system calls knows the process, the one of the packets knows the protocol: an attempt
 without a process takes it from a call of the same component to the same address and port at about the
-same time. No attempt is ever dropped here; two layers that saw one attempt are two lines of evidence.
+same time. Two layers that saw one attempt are two lines of evidence. One thing only is left out: the call that
+carries a question to the host's name server, where the ``dns`` layer watched. It has the question itself and
+judges it by its name; whatever else is sent there arrives at the sinkhole too, and is reported by it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Final
 
 from moat.site.egresscheck.model import Attempt, Component
@@ -30,7 +33,10 @@ def _seconds(attempt: Attempt) -> float:
 
 
 def attribute(
-    seen: Sequence[Attempt], components: Sequence[Component], names: Mapping[str, str] | None = None
+    seen: Sequence[Attempt],
+    components: Sequence[Component],
+    names: Mapping[str, str] | None = None,
+    name_servers: frozenset[str] = frozenset(),
 ) -> list[Attempt]:
     """Return every attempt in the order of time, each with what the other layers know about it.
 
@@ -38,6 +44,7 @@ def attribute(
         seen: what the layers saw.
         components: the site's services.
         names: for each address that the sinkhole gave as an answer, the name it was asked for.
+        name_servers: the host's, if the layer ``dns`` took the questions to them; else empty.
     """
     shares: dict[int, list[str]] = {}
     for c in components:
@@ -52,6 +59,8 @@ def attribute(
             if call is not None:
                 better = replace(a, process=call.process, component=call.component)
         elif a.layer == "syscalls":
+            if _address(a) in name_servers and a.destination.endswith(":53"):
+                continue
             packet = _nearest(a, packets, shares)
             if packet is not None:
                 better = replace(a, destination=packet.destination, detail=a.detail or "by " + _word(a))
@@ -95,3 +104,12 @@ def _alike(one: str, other: str, shares: Mapping[int, list[str]]) -> bool:
     """Whether two components run as the same user: by the user alone they cannot be told apart."""
     both = {*one.split(OR), *other.split(OR)}
     return any(both <= set(names) for names in shares.values())
+
+
+def name_servers(path: Path = Path("/etc/resolv.conf")) -> frozenset[str]:
+    """Return the addresses of the name servers that this host's programs ask."""
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(w[1].partition("%")[0] for line in lines if len(w := line.split()) > 1 and w[0] == "nameserver")

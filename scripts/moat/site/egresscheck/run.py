@@ -19,7 +19,7 @@ from typing import Final
 from moat.console import Console
 from moat.errors import EgressUnproven
 from moat.site.egresscheck import leftovers
-from moat.site.egresscheck.attribute import attribute
+from moat.site.egresscheck.attribute import attribute, name_servers
 from moat.site.egresscheck.marks import CONTROL
 from moat.site.egresscheck.model import (
     Attempt,
@@ -192,7 +192,10 @@ def verify(site: Site, options: Options, console: Console, sleep: Callable[[floa
                 steps.append(Step(stamp(), "Remove everything that was set for the capture"))
                 capture.stop()
                 leftovers.remove(console)
-        attempts = [a for a in attribute(capture.seen, components, capture.names) if a.component != CONTROL]
+        layers = capture.results()
+        # Only a sinkhole that was alive to the end has all the questions.
+        asked = any(n.name == "dns" and n.control_caught for n in layers)
+        found = attribute(capture.seen, components, capture.names, name_servers() if asked else frozenset())
         return Report(
             site=site.kind,
             started=started,
@@ -200,9 +203,9 @@ def verify(site: Site, options: Options, console: Console, sleep: Callable[[floa
             quiet_seconds=options.quiet_seconds,
             components=tuple(components),
             endpoints=tuple(endpoints),
-            layers=tuple(capture.results()),
+            layers=tuple(layers),
             requests=tuple(requests),
-            attempts=tuple(attempts),
+            attempts=tuple(a for a in found if a.component != CONTROL),
             probes=tuple(probes),
             rules=rules,
             problems=(*capture.problems, *_unanswered(requests)),

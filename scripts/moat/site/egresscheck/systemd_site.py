@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A site that systemd runs: which units belong to it, how they are restarted, what is probed.
+
+The components are the gateways (``moat-gateway@N``) and every other service that is part of
+``moat.target`` (MinIO, Valkey, nginx). Their processes are looked at as they run, not as the unit files
+say: a unit with processes of several users is several components with one name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from moat.console import Console
+from moat.errors import EgressUnproven
+from moat.site.egresscheck import endpoints, systemd_probes
+from moat.site.egresscheck.allow import parse_all
+from moat.site.egresscheck.destinations import AllowList
+from moat.site.egresscheck.marks import draw
+from moat.site.egresscheck.model import Component, Endpoint, Layer, Probe, RequestResult
+from moat.site.egresscheck.packets import PacketsLayer
+from moat.site.egresscheck.requests import Gateway, Target, first_requests
+from moat.site.egresscheck.sinkhole import DnsLayer
+from moat.site.egresscheck.syscalls import SyscallsLayer
+
+TARGET: Final = "moat.target"
+GATEWAYS: Final = "moat-gateway@*.service"
+#: The authority of the site's certificates on a node.
+CA_FILE: Final = Path("/etc/moat/tls/ca.pem")
+#: What the first requests are made with if no client key is given; the gateways hold it already.
+MASTER_KEY: Final = Path("/etc/moat/secrets/gateway/master_key")
+NGINX_CONF: Final = Path("/etc/moat/nginx/nginx.conf")
+VALKEY_CONF: Final = Path("/etc/moat/valkey/valkey.conf")
+#: The store and the counters first, the entrance last; between them systemd keeps its own order.
+_ORDER: Final = ("minio", "valkey", "gateway", "nginx")
+_RESTART_SECONDS: Final = 900
+_READY_SECONDS: Final = 60
+
+
+def systemctl(*words: str, seconds: float = 60) -> str:
+    """Run ``systemctl`` and return its stdout.
+
+    Raises:
+        EgressUnproven: it is not there, or refuses.
+    """
+    argv = ["systemctl", "--no-pager", *words]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise EgressUnproven("systemd cannot be asked", found=str(e), hint="run it on the host itself") from e
+    if done.returncode != 0:
+        raise EgressUnproven(
+            f"`systemctl {' '.join(words)}` ended with code {done.returncode}",
+            found=done.stderr.strip()[-600:] or "no output",
+            hint="see `systemctl --failed` and `journalctl -xe`; the capture has been undone",
+        )
+    return done.stdout
+
+
+def show(unit: str, *names: str) -> dict[str, str]:
+    """Return properties of a unit."""
+    text = systemctl("show", unit, "--property", ",".join(names))
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def component_name(unit: str) -> str:
+    """Return the name as the operator knows it: ``gateway-1``, ``minio``, ``valkey``, ``nginx``."""
+    stem = unit.removesuffix(".service")
+    if m := re.fullmatch(r"moat-gateway@(.+)", stem):
+        return f"gateway-{m[1]}"
+    return stem.removesuffix("-server")
+
+
+class SystemdSite:
+    """See the module.
+
+    Args:
+        console: where the commands are shown.
+        key_file: file with a key for the first requests; default the gateways' own master key.
+    """
+
+    kind = "systemd"
+
+    def __init__(self, console: Console, key_file: Path | None = None) -> None:
+        self._console = console
+        self._key_file = key_file or (MASTER_KEY if MASTER_KEY.exists() else None)
+        self._marks = draw()
+        self._allowed: tuple[str, ...] | None = None
+        self._restarted_at = 0.0
+
+    @staticmethod
+    def is_here() -> bool:
+        """Whether systemd runs this host and knows a gateway."""
+        return Path("/run/systemd/system").is_dir() and bool(_units(GATEWAYS))
+
+    # --- what runs ---
+
+    def units(self) -> list[str]:
+        """Return the site's services that run, in the order in which they are restarted."""
+        parts = show(TARGET, "ConsistsOf").get("ConsistsOf", "").split()
+        found = [u for u in dict.fromkeys((*parts, *_units(GATEWAYS))) if u.endswith(".service")]
+        active = [
+            u for u in found if show(u, "ActiveState", "SubState") == {"ActiveState": "active", "SubState": "running"}
+        ]
+        return sorted(active, key=lambda u: (_place(component_name(u)), u))
+
+    def components(self) -> list[Component]:
+        """List the services with the users that their processes run as."""
+        found = []
+        for unit in self.units():
+            for uid in sorted(users_of(unit)):
+                found.append(Component(component_name(unit), unit, uid))
+        return found
+
+    def _pids(self) -> dict[str, int]:
+        return {unit: int(show(unit, "MainPID").get("MainPID", "0")) for unit in self.units()}
+
+    # --- what is configured ---
+
+    def allowed(self) -> tuple[str, ...]:
+        """Return the site's allow-list: that of the gateways, and what the packet filter lets out by its rules."""
+        if self._allowed is None:
+            texts: list[str] = []
+            for unit, pid in self._pids().items():
+                if unit.startswith("moat-gateway@") and pid:
+                    texts += endpoints.of_gateway(component_name(unit), pid)[1]
+            self._allowed = tuple(dict.fromkeys((*texts, *systemd_probes.let_out())))
+        return self._allowed
+
+    def endpoints(self) -> list[Endpoint]:
+        """Ask the gateways, and read the rest's configuration, environment and arguments."""
+        # The packet filter's rules speak of addresses and ports; both lists are one for this comparison.
+        allow = AllowList([re.sub(r"^(tcp|udp) ", "", text) for text in self.allowed()])
+        found: list[Endpoint] = []
+        for unit, pid in self._pids().items():
+            name = component_name(unit)
+            if not pid:
+                continue
+            environ = endpoints.environment_of(pid)
+            if unit.startswith("moat-gateway@"):
+                found += endpoints.of_gateway(name, pid)[0]
+            elif name == "minio":
+                found += endpoints.of_minio(name, environ)
+            elif name in ("valkey", "redis") and VALKEY_CONF.exists():
+                found += endpoints.of_valkey(name, VALKEY_CONF.read_text("utf-8", "replace"), allow)
+            elif name == "nginx" and NGINX_CONF.exists():
+                found += endpoints.of_nginx(name, endpoints.nginx_text(NGINX_CONF), allow)
+            found += endpoints.of_environment(name, environ, allow)
+            found += endpoints.of_arguments(name, endpoints.arguments_of(pid)[1:], allow)
+        return list(dict.fromkeys(found))
+
+    def facts(self) -> dict[str, str]:
+        """Return what is worth knowing about the host and is no part of the verdict."""
+        return endpoints.host_facts()
+
+    # --- the capture ---
+
+    def layers(self, allowed: Sequence[str]) -> list[Layer]:
+        """Return the layers for services of this host."""
+        entries = parse_all(allowed)
+        return [
+            PacketsLayer(entries, self._marks),
+            DnsLayer(entries, self._marks),
+            SyscallsLayer(entries, self._marks),
+        ]
+
+    def restart(self, components: Sequence[Component]) -> None:
+        """Restart every service; systemd answers when each says that it is ready."""
+        units = list(dict.fromkeys(c.unit for c in components))
+        self._restarted_at = time.time()
+        self._console.info("+ systemctl restart " + " ".join(units))
+        systemctl("restart", *units, seconds=_RESTART_SECONDS)
+        for unit in units:
+            state = show(unit, "ActiveState", "SubState", "Result")
+            if state.get("ActiveState") != "active":
+                raise EgressUnproven(
+                    f"{unit} does not run after its restart",
+                    found=", ".join(f"{k}={v}" for k, v in state.items()),
+                    expected="ActiveState=active",
+                    hint=f"read `journalctl -u {unit} -n 50`; the capture has been undone",
+                )
+        # nginx sets a gateway aside that was away for a moment; the first request must not meet that.
+        deadline = time.monotonic() + _READY_SECONDS
+        target = self._target()
+        while time.monotonic() < deadline and target is not None and not systemd_probes.ready(target):
+            time.sleep(0.5)
+
+    def _target(self) -> Target | None:
+        address, port = entrance()
+        if not port:
+            return None
+        gateways = []
+        for unit in self.units():
+            if m := re.fullmatch(r"moat-gateway@(.+)\.service", unit):
+                where = gateway_address(m[1])
+                if where is not None:
+                    gateways.append(Gateway(f"gateway-{m[1]}", *where, Path(f"/run/moat/gateway-{m[1]}/admin.sock")))
+        ca = CA_FILE if CA_FILE.exists() else None
+        return Target(address, port, ca, self._key_file, tuple(gateways))
+
+    def requests(self) -> list[RequestResult]:
+        """Send a first request of every kind through the entrance, and one to each gateway."""
+        target = self._target()
+        if target is None:
+            return [RequestResult("entrance", 0, False, f"no port with TLS in {NGINX_CONF}")]
+        return first_requests(target)
+
+    def probes(self) -> list[Probe]:
+        """Prove that the rules are in force."""
+        return systemd_probes.probes(self.units(), self._restarted_at)
+
+    def rules(self) -> str:
+        """Return the site's packet filter rules, and the capture's while it runs."""
+        return systemd_probes.rules()
+
+
+def _units(pattern: str) -> list[str]:
+    with contextlib.suppress(EgressUnproven):
+        text = systemctl("list-units", pattern, "--no-legend", "--plain", "--state=active")
+        return [line.split()[0] for line in text.splitlines() if line.strip()]
+    return []
+
+
+def _place(name: str) -> int:
+    return next((i for i, word in enumerate(_ORDER) if name.startswith(word)), 1)
+
+
+def users_of(unit: str, proc: Path = Path("/proc")) -> set[int]:
+    """Return the users of a unit's processes."""
+    mark = re.compile(r"(?:^|/)" + re.escape(unit) + r"(?:/|$)", re.MULTILINE)
+    found = set()
+    for entry in proc.iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if mark.search((entry / "cgroup").read_text("utf-8", "replace")):
+                    found.add(entry.stat().st_uid)
+    return found
+
+
+def entrance(conf: Path = NGINX_CONF) -> tuple[str, int]:
+    """Return where nginx listens with TLS, as seen from this host; port 0 if nowhere."""
+    try:
+        text = endpoints.nginx_text(conf)
+    except OSError:
+        return "127.0.0.1", 0
+    for name, args, _ in endpoints.nginx_directives(text):
+        if name == "listen" and "ssl" in args and (m := re.fullmatch(r"(?:(.*):)?(\d+)", args[0])):
+            address = (m[1] or "0.0.0.0").strip("[]")  # noqa: S104 - nginx's word for every address
+            return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(address, address), int(m[2])  # noqa: S104
+    return "127.0.0.1", 0
+
+
+def gateway_address(instance: str, folder: Path = Path("/etc/moat/gateway")) -> tuple[str, int] | None:
+    """Return where a gateway listens, from the files that its unit reads."""
+    values: dict[str, str] = {}
+    for name in ("common.env", f"{instance}.env"):
+        with contextlib.suppress(OSError):
+            values |= _environment_file((folder / name).read_text("utf-8", "replace"))
+    port = values.get("MOAT_PORT", "")
+    host = values.get("MOAT_HOST", "127.0.0.1")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return (host, int(port)) if port.isdecimal() else None
+
+
+def _environment_file(text: str) -> Mapping[str, str]:
+    lines = (line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    return {key.strip(): value.strip().strip("'\"") for key, value in lines}
