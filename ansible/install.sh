@@ -163,7 +163,7 @@ control_hash=$({
     cat "$bundle/wheels/control-requirements.txt"
 } | sha256sum | cut -c1-12)
 control=$STORE/control/$control_hash
-works() { [ -x "$1/bin/python" ] && "$1/bin/python" -I -m ansible playbook --version >/dev/null 2>&1; }
+works() { [ -x "$1/bin/python" ] && "$1/bin/python" -I -B -m ansible playbook --version >/dev/null 2>&1; }
 if works "$control"; then
     say "==> control environment: $control"
 else
@@ -178,7 +178,7 @@ else
         refuse 28 'the control environment cannot be made' 'see the lines above' "room below /opt and the bundle's wheels" \
             'make room (df -h /opt), then run install.sh again'
     }
-    works "$control" || refuse 28 'the control environment does not start' "$("$control/bin/python" -I -m ansible playbook --version 2>&1 | tail -n 1)" \
+    works "$control" || refuse 28 'the control environment does not start' "$("$control/bin/python" -I -B -m ansible playbook --version 2>&1 | tail -n 1)" \
         'ansible-core' 'check that /opt is not mounted noexec (findmnt -T /opt), then run install.sh again'
 fi
 
@@ -205,7 +205,7 @@ play() {
     done <<END
 $extra
 END
-    ANSIBLE_CONFIG=$bundle/ansible/ansible.cfg "$control/bin/python" -I -m ansible playbook "$bundle/ansible/$name.yml" "$@" 9>&- </dev/null
+    ANSIBLE_CONFIG=$bundle/ansible/ansible.cfg "$control/bin/python" -I -B -m ansible playbook "$bundle/ansible/$name.yml" "$@" 9>&- </dev/null
 }
 say "==> check the hosts of $use_inventory"
 code=0
@@ -335,7 +335,7 @@ Done in $(($(date +%s) - started)) s: release $release.
 
 What to do next:
   moat-site verify             prove that everything answers, and that nothing leaves the site
-  moat-gateway keys add NAME   make a first API key, on a gateway's host
+  moat-gateway keys new NAME   make a first API key, on a gateway's host
   $SITE/config/config.yaml     add your models, then: moat-site config
   moat-site                    everything else: upgrade, rollback, drain, scale, rotate_secrets, uninstall
 
