@@ -67,9 +67,7 @@ class FolderSource:
         """Return what is wrong with the folder before any file is read; unwanted files may be missing."""
         known = {f.path: f for f in self.signed.manifest.files}
         found, _ = self._trust.check_entries(scan.walk(self._root))
-        return [
-            p for p in found if not (isinstance(p, MissingFile) and p.path in known and not wanted(known[p.path]))
-        ]
+        return [p for p in found if not (isinstance(p, MissingFile) and p.path in known and not wanted(known[p.path]))]
 
     def files(self, wanted: Wanted) -> Iterator[tuple[FileEntry, Iterator[bytes | memoryview]]]:
         """Yield the wanted files."""

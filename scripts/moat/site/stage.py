@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="the release is the one of this host now: link `current` to it, and refuse older ones from now on"
+        help="the release is the one of this host now: link `current` to it, and refuse older ones from now on",
     )
     add_trust_arguments(parser)
 

@@ -53,7 +53,9 @@ def header(path: str, size: int) -> bytes:
     if parts is not None:
         return _block(*parts, size, b"0")
     record = _path_record(raw)
-    return _block(b"", _EXTENDED, len(record), b"x") + record + padding(len(record)) + _block(b"", raw[:100], size, b"0")
+    return (
+        _block(b"", _EXTENDED, len(record), b"x") + record + padding(len(record)) + _block(b"", raw[:100], size, b"0")
+    )
 
 
 def _path_record(raw: bytes) -> bytes:
