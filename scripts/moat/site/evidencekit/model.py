@@ -15,6 +15,8 @@ from typing import Any, Final
 Runner = Callable[[Sequence[str], str], tuple[int, str, str]]
 
 REDACTED: Final = "[redacted]"
+#: A private key stands at the beginning of its file; certificates may come before it.
+_PEM_SEARCHED: Final = 64 * 1024
 _SECRET_FOLDERS: Final = ("/etc/moat/secrets", "/etc/moat/site/secrets")
 #: A word that says "a secret follows", and what follows.
 _NAMED = re.compile(
@@ -158,15 +160,20 @@ def files_below(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+def _holds_private_key(path: Path) -> bool:
+    if path.suffix == ".key":
+        return True
+    with path.open("rb") as f:
+        return b"PRIVATE KEY-----" in f.read(_PEM_SEARCHED)
+
+
 def secret_files(host: Host) -> Iterator[Path]:
-    """Yield every file of Moat that holds a secret: never read but by the last check before anything is written."""
-    for folder in _SECRET_FOLDERS:
-        yield from files_below(host.path(folder))
+    """Yield every file of Moat that holds a secret: never read but by the last check before anything is written.
+
+    Raises:
+        OSError: a folder or a file below /etc/moat cannot be read.
+    """
+    folders = [host.path(f) for f in _SECRET_FOLDERS]
     for path in files_below(host.path("/etc/moat")):
-        if path.suffix == ".key" and not any(path.is_relative_to(host.path(f)) for f in _SECRET_FOLDERS):
+        if any(path.is_relative_to(f) for f in folders) or _holds_private_key(path):
             yield path
-
-
-def is_secret(host: Host, path: Path) -> bool:
-    """Say whether the content of a file must not even be hashed: a hash lets a weak secret be guessed."""
-    return path.suffix == ".key" or any(path.is_relative_to(host.path(f)) for f in _SECRET_FOLDERS)

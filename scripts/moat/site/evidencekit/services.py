@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from moat.site.evidencekit.model import Finding, Host, Part, files_below, is_secret, redact, secret_files
+from moat.site.evidencekit.model import Finding, Host, Part, files_below, redact, secret_files
 
 #: Units of Moat by pattern, and those of Debian that carry it.
 _UNITS: Final = ("moat*", "minio.service", "nginx.service", "valkey-server.service", "redis-server.service")
@@ -25,7 +25,6 @@ _CAGE: Final = (
     "ProtectControlGroups", "RestrictAddressFamilies", "RestrictNamespaces", "RestrictRealtime", "RestrictSUIDSGID",
     "LockPersonality", "MemoryDenyWriteExecute", "SystemCallFilter", "SystemCallArchitectures", "KeyringMode",
     "RemoveIPC", "UMask", "IPAddressAllow", "IPAddressDeny", "MemoryMax", "TasksMax", "LimitNOFILE", "LimitCORE",
-   
 )  # fmt: skip
 _STATE: Final = ("ActiveState", "SubState", "UnitFileState", "FragmentPath", "DropInPaths", "Result")
 _MOMENT: Final = ("MainPID", "NRestarts", "ActiveEnterTimestamp", "MemoryCurrent", "TasksCurrent")
@@ -197,16 +196,20 @@ def configuration(host: Host) -> Part:
     """Collect the sha256 of every file that decides how the services behave; secrets are left out."""
     part = Part("configuration", "Configuration in force")
     rows = []
+    kept_back = set(secret_files(host))
     for place in _CONFIGURATION:
         for path in _ordinary(host, part, host.path(place)):
-            if is_secret(host, path):
+            if path in kept_back:
+                continue
+            row = _row(host, path)
+            # A file that only its owner may read could hold a weak secret, which its hash would let somebody guess.
+            if not int(row["mode"], 8) & 0o077:
+                rows.append({**row, "sha256": None, "note": "private to its owner: not hashed"})
                 continue
             try:
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                rows.append({**row, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
             except OSError as e:
                 part.gap(f"/{path.relative_to(host.root)}", e.strerror)
-                continue
-            rows.append({**_row(host, path), "sha256": digest})
     for path in sorted(host.path("/etc/systemd/system").glob("moat-*.service")):
         rows.append({**_row(host, path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     part.data["files"] = sorted(rows, key=lambda r: str(r["path"]))

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters for what verify.yml and the role evidence show to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def line(finding: Mapping[str, Any]) -> str:
+    """Return one contradiction, or one refusal of ``moat``, as one sentence."""
+    what = finding.get("what") or finding.get("message") or ""
+    rest = [
+        f"{name}: {finding[key]}" for name, key in (("found", "found"), ("expected", "expected")) if finding.get(key)
+    ]
+    hint = f"; do: {finding['hint']}" if finding.get("hint") else ""
+    return f"{what}; {', '.join(rest)}{hint}."
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return rows (``host``, ``what``, ``ok``, ``found``) as lines of equal columns, the wrong ones marked and last."""
+    sorted_rows = sorted(rows, key=lambda r: not r["ok"])
+    width = max((len(f"{r['host']}  {r['what']}") for r in sorted_rows), default=0)
+    return [
+        f"{'ok   ' if r['ok'] else 'WRONG'}  {(r['host'] + '  ' + r['what']).ljust(width)}  {r['found']}"
+        for r in sorted_rows
+    ]
+
+
+class FilterModule:
+    """What Ansible asks for."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Return the filters by name."""
+        return {"moat_evidence_line": line, "moat_table": table}
