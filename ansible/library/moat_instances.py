@@ -55,6 +55,7 @@ RETURN = r"""
 started: {description: Gateways that were not running and are now., type: list, returned: always}
 restarted: {description: Gateways that were restarted., type: list, returned: always}
 stopped: {description: Gateways that are no longer wanted., type: list, returned: always}
+before: {description: "The release that the gateways came from; empty if they were not moved.", type: str, returned: always}
 returned: {description: "After a failure, gateways that run their old release again.", type: list, returned: on failure}
 seconds: {description: What it took., type: float, returned: always}
 """
@@ -350,7 +351,8 @@ def main() -> None:
 
     def result() -> dict[str, Any]:
         done = {"started": node.started, "restarted": node.restarted, "stopped": node.stopped}
-        return {**done, "seconds": round(time.monotonic() - begun, 1), "changed": any(done.values())}
+        before = node.moved[0][1] if node.moved else ""
+        return {**done, "before": before, "seconds": round(time.monotonic() - begun, 1), "changed": any(done.values())}
 
     try:
         start, restart, stop = node.plan()
