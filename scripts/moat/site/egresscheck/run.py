@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from moat.console import Console
@@ -128,7 +129,14 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def verify(site: Site, options: Options, console: Console, sleep: Callable[[float], None] = time.sleep) -> Report:
+def verify(
+    site: Site,
+    options: Options,
+    console: Console,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    lock: Path = leftovers.LOCK,
+) -> Report:
     """Verify a running site and return the evidence.
 
     Args:
@@ -136,6 +144,7 @@ def verify(site: Site, options: Options, console: Console, sleep: Callable[[floa
         options: the operator's decisions.
         console: where steps and progress go.
         sleep: waits (a parameter for tests).
+        lock: the file that lets one verification run at a time.
 
     Raises:
         EgressUnproven: nothing runs here, or another verification does.
@@ -150,7 +159,7 @@ def verify(site: Site, options: Options, console: Console, sleep: Callable[[floa
         with console.step(title):
             yield
 
-    with leftovers.only_one(console):
+    with leftovers.only_one(console, lock):
         with step("Read what runs and which addresses its configuration names"):
             components = site.components()
             if not components:

@@ -163,9 +163,10 @@ class SystemdSite:
     def layers(self, allowed: Sequence[str]) -> list[Layer]:
         """Return the layers for services of this host."""
         entries = parse_all(allowed)
+        # Names first: in the moment between the two a question for a name on the allow-list would be refused.
         return [
-            PacketsLayer(entries, self._marks),
             DnsLayer(entries, self._marks),
+            PacketsLayer(entries, self._marks),
             SyscallsLayer(entries, self._marks),
         ]
 
