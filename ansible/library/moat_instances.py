@@ -55,7 +55,7 @@ RETURN = r"""
 started: {description: Gateways that were not running and are now., type: list, returned: always}
 restarted: {description: Gateways that were restarted., type: list, returned: always}
 stopped: {description: Gateways that are no longer wanted., type: list, returned: always}
-before: {description: "The release that the gateways came from; empty if they were not moved.", type: str, returned: always}
+before: {description: "The release that they came from; empty if they were not moved.", type: str, returned: always}
 returned: {description: "After a failure, gateways that run their old release again.", type: list, returned: on failure}
 seconds: {description: What it took., type: float, returned: always}
 """
