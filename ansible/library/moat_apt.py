@@ -113,7 +113,7 @@ def mask(units: Sequence[str]) -> list[Path]:
 
 def unmask(units: Sequence[str]) -> bool:
     """Take back the masks of this run or of one that was interrupted; return whether there were any."""
-    ours = [p for p in (MASKS / u for u in units) if p.is_symlink() and os.readlink(p) == "/dev/null"]
+    ours = [p for p in (MASKS / u for u in units) if p.is_symlink() and p.readlink() == Path("/dev/null")]
     for link in ours:
         link.unlink()
     if ours:

@@ -97,7 +97,8 @@ def system(target: str) -> Iterator[Failure]:
     found = f"{release.get('ID', 'unknown')}{release.get('VERSION_ID', '')}-{machine}"
     if found != target:
         yield failure("system", found, target, f"bring the bundle for {found} if there is one, or take another host")
-    if sys.version_info < (3, 11):
+    # It runs with the host's own Python, whatever that is.
+    if sys.version_info < (3, 11):  # noqa: UP036
         version = ".".join(str(n) for n in sys.version_info[:3])
         yield failure("Python", version, "3.11 or newer", "install python3 of Debian 12 or 13 from the medium's debs/")
     if not Path("/run/systemd/system").is_dir():
@@ -120,8 +121,8 @@ def clock(created: int, max_age_days: int, control: float, now: float) -> Iterat
             "clock",
             day(now),
             f"not after {day(latest)}, {max_age_days} days after the inputs of the bundle were locked",
-            "if the clock is ahead, set it with date -u -s 'YYYY-MM-DD HH:MM:SS', then hwclock --systohc; if it is right,"
-            " the bundle is that old: bring a newer one, or raise preflight_bundle_max_age_days",
+            "if the clock is ahead, set it with date -u -s 'YYYY-MM-DD HH:MM:SS', then hwclock --systohc; if it is"
+            " right, the bundle is that old: bring a newer one, or raise preflight_bundle_max_age_days",
         )
     if abs(now - control) > MAX_SKEW:
         yield failure(
@@ -189,7 +190,7 @@ def holders(inodes: set[str]) -> dict[str, str]:
     for fds in Path("/proc").glob("[0-9]*/fd"):
         process = fds.parent
         try:
-            links = {os.readlink(fd) for fd in fds.iterdir()}
+            links = {str(fd.readlink()) for fd in fds.iterdir()}
             if not links & {f"socket:[{i}]" for i in inodes}:
                 continue
             groups = (process / "cgroup").read_text("utf-8").splitlines()
@@ -254,7 +255,7 @@ def plan(params: Mapping[str, Any]) -> Iterator[str]:
     missing = [p for p in params["packages"] if p not in there]
     store = Path(params["store"])
     current = store / "current"
-    before = Path(os.readlink(current)).name if current.is_symlink() else ""
+    before = current.readlink().name if current.is_symlink() else ""
     if not before:
         yield f"install release {params['release']} in {store}"
     elif before != params["release"]:

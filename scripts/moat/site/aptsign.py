@@ -93,7 +93,7 @@ def mirror(debs: Path, folder: Path) -> bool:
                 changed = True
         for name in sorted(wanted):
             link, target = folder / name, os.path.relpath(debs.resolve() / name, folder.resolve())
-            if not link.is_symlink() or os.readlink(link) != target:
+            if not link.is_symlink() or str(link.readlink()) != target:
                 temporary = folder / f".{name}.tmp"
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(target)

@@ -17,7 +17,7 @@ import os
 import tarfile
 import zlib
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 from moat.console import Console, human_bytes
 from moat.errors import ChangedFile, MissingFile, StageFailed
@@ -187,12 +187,12 @@ def _from_layer(
     if not info.isreg() or stream is None:
         raise ValueError(f"{blob} is no ordinary file")
     # Folders' headers and padding are on top of the sum of the files.
-    content = _Hashed(gzip.GzipFile(fileobj=stream), image.unpacked + 64 * 1024 * 1024)
+    content = _Hashed(cast("IO[bytes]", gzip.GzipFile(fileobj=stream)), image.unpacked + 64 * 1024 * 1024)
     to.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     found: tuple[str, int] | None = None
     try:
-        with tarfile.open(fileobj=content, mode="r|", bufsize=_CHUNK) as layer:
+        with tarfile.open(fileobj=cast("IO[bytes]", content), mode="r|", bufsize=_CHUNK) as layer:
             for member in layer:
                 if member.name.lstrip("./").rstrip("/") != path or found:
                     continue

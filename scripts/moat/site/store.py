@@ -29,7 +29,7 @@ _LOCK: Final = ".stage.lock"
 #: Left free beside what is written: a full root file system harms more than our install.
 SLACK: Final = 64 * 1024 * 1024
 
-#: What a part holds, by the beginning of the path. Files at the top (moat.pyz, install.sh, the licences) go with every part.
+#: What a part holds, by the beginning of the path. Files at the top (moat.pyz, the licences) go with every part.
 PARTS: Final = {
     "ansible": "ansible/",
     "wheels": "wheels/",
@@ -102,7 +102,7 @@ class Store:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(os.path.abspath(root))
+        self.root = root.absolute()
         self.releases = self.root / "releases"
 
     def release(self, name: str) -> Path:
@@ -222,7 +222,7 @@ class Store:
         current, previous = self.root / "current", self.root / "previous"
         target = f"releases/{name}"
         try:
-            before = os.readlink(current) if current.is_symlink() else None
+            before = str(current.readlink()) if current.is_symlink() else None
             if before == target:
                 return False
             if not check:
