@@ -25,6 +25,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
 try:
     from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -124,6 +125,8 @@ def authority(folder: Path, state: str, now: datetime, dry: bool) -> Result:
             f"{folder / 'ca.key'} is missing beside ca.pem. Do: restore it from the backup of the site directory; or "
             "move ca.pem away and run again: a new authority is made, and every client must be given the new ca.pem"
         )
+    if there and len(x509.load_pem_x509_certificates(path.read_bytes())) > 1:
+        return Result("", now)  # begun by a run before this one
     end = now + timedelta(days=3650)
     reason = "it is replaced" if there else "there was none"
     if dry:
@@ -173,7 +176,7 @@ def signed(
     if dry and not (folder / "ca.pem").exists():
         return Result("there was none", now + timedelta(days=days))
     mine = read_authority(folder)
-    reason, end = why(folder, name, wanted, renew, mine.cert, now)
+    reason, end = why(folder, name, wanted, renew, mine.chain, now)
     if force and not reason:
         reason = "it was asked for"
     if not reason:
@@ -195,7 +198,12 @@ def signed(
 
 
 def why(
-    folder: Path, name: str, wanted: Sequence[x509.GeneralName], renew: int, ca: x509.Certificate, now: datetime
+    folder: Path,
+    name: str,
+    wanted: Sequence[x509.GeneralName],
+    renew: int,
+    trusted: Sequence[x509.Certificate],
+    now: datetime,
 ) -> tuple[str, datetime]:
     """Return why a certificate has to be made (empty if it need not) and when the present one ends."""
     try:
@@ -208,15 +216,23 @@ def why(
     end = cert.not_valid_after_utc
     if public_of(cert) != public(key):
         return "certificate and key did not belong together", end
-    try:
-        cert.verify_directly_issued_by(ca)
-    except Exception:
+    # While the authority is replaced, one of the authority before still counts: it is replaced as the last step.
+    if not any(issued(cert, ca) for ca in trusted):
         return "another authority signed it", end
     if set(cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) != set(wanted):
         return "its names were others", end
     if end - now < timedelta(days=renew):
         return "it ends soon", end
     return "", end
+
+
+def issued(cert: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Say whether an authority signed a certificate."""
+    try:
+        cert.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def given(folder: Path, name: str, certificate: Path, key: Path, now: datetime, dry: bool) -> Result:

@@ -37,7 +37,8 @@ options:
   state:
     description:
       - C(present) makes what is missing.
-      - C(rotated) makes a new value and keeps the one before as NAME.previous.
+      - C(rotated) makes a new value and keeps the one before as NAME.previous; where there is one already, a rotation
+        was cut short, and nothing is made.
       - C(settled) removes NAME.previous.
     type: str
     choices: [present, rotated, settled]
@@ -132,15 +133,20 @@ def apply(
                 settled.append(name)
                 if not dry:
                     before.unlink()
-        elif not there or state == "rotated":
+        # A rotation that was cut short left both: the next run goes on with its new value.
+        elif not there or (state == "rotated" and not under_way(path, before)):
             made.append(name)
             if not dry:
-                # A rotation that was cut short left one: the value that the services still have is that one.
-                if there and not before.exists():
+                if there:
                     write(before, path.read_bytes())
                 write(path, (prefix + token(size) + "\n").encode("ascii"))
         modes |= tighten(path, 0o600, dry)
     return made, settled, modes
+
+
+def under_way(path: Path, before: Path) -> bool:
+    """Say whether a rotation has begun and not ended: there are two values, and they differ."""
+    return before.exists() and before.read_bytes() != path.read_bytes()
 
 
 def tighten(path: Path, mode: int, dry: bool) -> bool:
