@@ -36,7 +36,7 @@ COMPONENTS = (
 PORTS = {"gateway-1": 42001, "minio": 42002, "nginx": 42003}
 
 #: A service: answers over loopback, and does what LEAK says. argv: port, leak, delay in seconds.
-SERVICE = r'''
+SERVICE = r"""
 import http.client, http.server, socket, subprocess, sys, threading, time, urllib.request
 port, leak, delay = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 
@@ -55,7 +55,7 @@ def metrics():
         time.sleep(0.2)
 
 def update():
-    program = "import http.client; http.client.HTTPSConnection('index.example.org', timeout=3).request('GET', '/simple/pip/')"
+    program = "from http.client import *; HTTPSConnection('index.example.org', timeout=3).request('GET', '/simple/pip/')"
     subprocess.run([sys.executable, "-I", "-c", program], stderr=subprocess.DEVNULL)
 
 def udp():
@@ -99,7 +99,7 @@ def socketserver_bind(server):  # without the look-up of our own name that http.
     server.server_name, server.server_port = "localhost", port
 
 Server(("127.0.0.1", port), Handler).serve_forever()
-'''
+"""
 
 
 class StandInSite:
