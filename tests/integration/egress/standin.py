@@ -55,7 +55,7 @@ def metrics():
         time.sleep(0.2)
 
 def update():
-    program = "from http.client import *; HTTPSConnection('index.example.org', timeout=3).request('GET', '/simple/pip/')"
+    program = "import http.client as c; c.HTTPSConnection('index.example.org', timeout=3).request('GET', '/pip/')"
     subprocess.run([sys.executable, "-I", "-c", program], stderr=subprocess.DEVNULL)
 
 def udp():
