@@ -137,11 +137,14 @@ def _arrives(listener: socket.socket, kind: socket.SocketKind, address: str, por
     result = inside(namespace, send) if namespace else send()
     if kind == socket.SOCK_STREAM:
         return "reached" if result == "connected" else f"refused: {result}"
+    listener.settimeout(_TRY_SECONDS / 4)
+    heard = 0
     try:
-        listener.recv(16)
+        while True:
+            listener.recv(16)
+            heard += 1
     except TimeoutError:
-        return f"nothing arrived ({result})"
-    return "reached"
+        return "reached" if heard else f"nothing arrived ({result})"
 
 
 def _send(kind: socket.SocketKind, address: str, port: int) -> str:

@@ -35,20 +35,22 @@ class ComposeSite:
     Args:
         directory: the deployment folder.
         console: where the commands are shown.
-        key_file: file with a client key for the first requests.
+        key_file: file with a client key for the first requests; without one the gateways' own master key is used,
+            which lies in the deployment folder.
     """
 
     kind = "compose"
 
     def __init__(self, directory: Path, console: Console, key_file: Path | None = None) -> None:
         self._console = console
-        self._key_file = key_file
+        master = directory / "secrets/gateway/master_key"
+        self._key_file = key_file or (master if master.is_file() else None)
         self._deployment = Deployment(directory)
         self._allowed: tuple[str, ...] = ()
         self._marks = marks.draw()
         #: Address and port of the packets that our own probes send.
         self._own: set[tuple[str, int]] = set()
-        read_key(key_file)  # before anything is restarted
+        read_key(self._key_file)  # before anything is restarted
 
     def components(self) -> list[Component]:
         """List the services; one that has done its work and ended is one too, it runs again with the others."""

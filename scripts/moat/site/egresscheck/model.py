@@ -134,10 +134,13 @@ class Report:
 
     @property
     def proven(self) -> bool:
-        """Whether enough was measured: packets or system calls, and every available layer caught its control."""
+        """Whether enough was measured: packets or system calls, and every available layer caught its control.
+
+        ``bridges`` are the packets of containers.
+        """
         able = [layer for layer in self.layers if layer.available]
         return (
-            any(layer.name in ("packets", "syscalls") for layer in able)
+            any(layer.name in ("packets", "bridges", "syscalls") for layer in able)
             and all(layer.control_caught for layer in able)
             and not self.problems
         )

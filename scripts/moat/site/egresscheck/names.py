@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -270,13 +271,18 @@ class NamesLayer:
         """Ask for the control's name in every container, as its user."""
         query = b"\x4d\x6f\x01\0\0\1\0\0\0\0\0\0"
         query += b"".join(bytes([len(p)]) + p.encode("ascii") for p in self._marks.name.split(".")) + b"\0\0\1\0\1"
-        for name, (namespace, _) in self._running().items():
-            component = self._by_name.get(name)
-            if component is not None:
-                inside(namespace, partial(control.attempt, component.uid, "udp", RESOLVER, 53, query))
-                self._controls.append(name)
-        if not self._controls:
+        places = {n: place for n, (place, _) in self._running().items() if n in self._by_name}
+        if not places:
             raise NotAvailable("no container runs")
+        self._controls = list(places)
+        # All at once: the engine's resolver may not answer at all, and each then waits for its time.
+        with ThreadPoolExecutor(len(places)) as pool:
+            asked = [
+                pool.submit(inside, place, partial(control.attempt, self._by_name[n].uid, "udp", RESOLVER, 53, query))
+                for n, place in places.items()
+            ]
+            for one in asked:
+                one.result()
         return f"name {self._marks.name} (A) in {', '.join(self._controls)}"
 
     def stop(self) -> list[Attempt]:

@@ -82,7 +82,7 @@ class Answer:
         raw = self.json()
         error = raw.get("error") if isinstance(raw, dict) else None
         text = str(error.get("message", "")) if isinstance(error, dict) else self.body[:200].decode("utf-8", "replace")
-        return " ".join(text.split())[:200]
+        return " ".join(text.split())[:120]
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -204,7 +204,7 @@ class _Client:
         raw = answer.json()
         usage = raw.get("usage") if isinstance(raw, dict) else None
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return answer, f"{tokens} tokens" if answer.status == 200 else answer.note
+        return answer, f"{tokens} tokens of answer" if answer.status == 200 else answer.note
 
     def _stream(self, connect: Connect, model: str) -> tuple[Answer, str]:
         answer = self._send(connect, "POST", "/v1/chat/completions", {**_question(model), "stream": True})

@@ -90,7 +90,7 @@ def _found(report: Report) -> tuple[str, ...]:
 def _lacking(report: Report) -> tuple[str, ...]:
     sentences = [_sentence(problem) for problem in report.problems]
     able = [layer for layer in report.layers if layer.available]
-    if not any(layer.name in ("packets", "syscalls") for layer in able):
+    if not any(layer.name in ("packets", "bridges", "syscalls") for layer in able):
         sentences.append("Neither packets nor system calls could be watched on this host.")
     sentences += [
         f"The layer “{layer.name}” did not catch the attempt that was made on purpose to test it: {layer.why}"
