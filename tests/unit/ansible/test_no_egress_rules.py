@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that a wrong allow-list is refused with its place, and that nft accepts every rule file that the role makes.
+
+The files are loaded into a network namespace of their own and read back as JSON: policies, counters, order.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from tests.unit.ansible.egress_rules import FILTERS, ROLE, in_namespace, namespaces_possible, render
+
+needs_namespace = pytest.mark.skipif(not namespaces_possible(), reason="needs root, nft and network namespaces")
+
+ALLOW = [
+    {"address": "198.51.100.5", "port": 8000, "comment": "vLLM, rack 3"},
+    {"address": "2001:db8:20::/64", "port": "8000", "name": "vllm-2.site.example"},
+    {"address": "203.0.113.0/24", "port": 5514, "protocol": "udp"},
+]
+
+HERE = {"address": "198.51.100.5", "port": 80}
+NAME = {"address": "vllm.site", "port": 80}
+WRONG: list[tuple[Any, list[str]]] = [
+    ("10.0.0.1:80", ["moat_egress_allow", "not a list"]),
+    ([{"port": 80}], ["moat_egress_allow[0]", "address is missing"]),
+    ([{"address": "198.51.100.5"}], ["moat_egress_allow[0]", "port is missing"]),
+    ([ALLOW[0], NAME], ["moat_egress_allow[1].address", "vllm.site", "never looked up"]),
+    ([{"address": "10.20.0.5/24", "port": 80}], ["moat_egress_allow[0].address", "host bits", "10.20.0.0/24"]),
+    ([{"address": "0.0.0.0/0", "port": 80}], ["moat_egress_allow[0].address", "whole address space"]),
+    ([{"address": "::/0", "port": 80}], ["moat_egress_allow[0].address", "whole address space"]),
+    ([{"address": "fe80::1%eth0", "port": 80}], ["moat_egress_allow[0].address", "fe80::1%eth0"]),
+    ([{"address": "198.51.100.5", "port": 70000}], ["moat_egress_allow[0].port", "70000", "1 to 65535"]),
+    ([{"address": "198.51.100.5", "port": 0}], ["moat_egress_allow[0].port", "0", "1 to 65535"]),
+    ([{"address": "198.51.100.5", "port": True}], ["moat_egress_allow[0].port", "True"]),
+    ([{"address": "198.51.100.5", "port": "80-90"}], ["moat_egress_allow[0].port", "80-90"]),
+    ([{**HERE, "protocol": "sctp"}], ["moat_egress_allow[0].protocol", "sctp", "tcp or udp"]),
+    ([{**HERE, "comment": 'a" accept'}], ["moat_egress_allow[0].comment", "one plain line"]),
+    ([{**HERE, "comment": "a\nb"}], ["moat_egress_allow[0].comment"]),
+    ([{**HERE, "host": "x"}], ["moat_egress_allow[0]", "unknown field", "host"]),
+    ([{**HERE, "name": "a b"}], ["moat_egress_allow[0].name", "a b"]),
+    ([HERE, dict(HERE)], ["moat_egress_allow[1]", "the same as moat_egress_allow[0]"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "words"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_a_wrong_entry_is_refused_with_its_place(value: Any, words: list[str]) -> None:
+    with pytest.raises(AnsibleFilterError) as refused:
+        FILTERS.entries(value)
+    for word in [*words, "found: ", "expected: "]:
+        assert word in str(refused.value)
+
+
+def test_the_gateway_is_given_names_addresses_and_networks_but_no_udp() -> None:
+    v6 = {"address": "2001:db8::7", "port": 80}
+    assert FILTERS.gateway_allow([*ALLOW, v6]) == [
+        "198.51.100.5:8000", "vllm-2.site.example:8000", "2001:db8:20::/64", "[2001:db8::7]:80",
+    ]  # fmt: skip
+
+
+def nodes(me: str, hostvars: dict[str, dict[str, Any]], groups: dict[str, list[str]]) -> list[tuple[str, int]]:
+    found = FILTERS.nodes(me, groups, hostvars, [4001, 4002], [9000], [6379], [22])
+    return [(one["address"], one["port"]) for one in found]
+
+
+THREE = {f"node{i}": {"moat_address": f"192.0.2.1{i}"} for i in (1, 2, 3)}
+GROUPS = {
+    "moat_gateways": ["node1", "node2", "node3"],
+    "moat_edge": ["node1"],
+    "moat_store": ["node3"],
+    "moat_counters": ["node1"],
+}
+
+
+def test_each_node_reaches_what_its_groups_use_and_nothing_else() -> None:
+    assert nodes("node1", THREE, GROUPS) == [
+        ("192.0.2.12", 4001), ("192.0.2.12", 4002), ("192.0.2.13", 4001), ("192.0.2.13", 4002), ("192.0.2.13", 9000),
+    ]  # fmt: skip
+    assert nodes("node2", THREE, GROUPS) == [("192.0.2.13", 9000), ("192.0.2.11", 6379)]
+    assert nodes("node3", THREE, GROUPS) == [("192.0.2.11", 6379)]
+
+
+def test_the_control_host_among_the_nodes_reaches_the_others_by_ssh() -> None:
+    local = {**THREE, "node1": {**THREE["node1"], "ansible_connection": "local"}}
+    assert {("192.0.2.12", 22), ("192.0.2.13", 22)} <= set(nodes("node1", local, GROUPS))
+    assert ("192.0.2.11", 22) not in nodes("node1", local, GROUPS)
+
+
+def test_a_single_host_needs_nothing() -> None:
+    one = {"localhost": {"moat_address": "127.0.0.1", "ansible_connection": "local"}}
+    assert nodes("localhost", one, {g: ["localhost"] for g in GROUPS}) == []
+
+
+def test_a_node_that_others_cannot_reach_under_its_address_is_refused() -> None:
+    lost = {**THREE, "node3": {"moat_address": "127.0.0.1"}}
+    with pytest.raises(AnsibleFilterError, match=r"moat_address of host node3: host node2 cannot reach it"):
+        nodes("node2", lost, GROUPS)
+
+
+def loaded(text: str) -> list[dict[str, Any]]:
+    """Load a rule file in a namespace and return nft's JSON of it."""
+    done = in_namespace(["sh", "-c", "nft -f - && nft -j list table inet moat_egress"], text)
+    assert done.returncode == 0, done.stderr
+    document: list[dict[str, Any]] = json.loads(done.stdout)["nftables"]
+    return document
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nothing allowed": {},
+    "an allow-list": {"allow": ALLOW},
+    "everything that a host may need": {
+        "allow": ALLOW,
+        "no_egress_dhcp_client": True,
+        "no_egress_ntp_servers": ["198.51.100.1", "2001:db8::1"],
+        "no_egress_name_servers": ["198.51.100.2", "2001:db8::/120"],
+        "no_egress_ssh_ports": [22, 2222],
+        "no_egress_extra_output": ["ip protocol vrrp accept"],
+        "no_egress_extra_forward": ["iifname br0 oifname br0 accept"],
+    },
+    "no forward chain, no ssh": {"allow": ALLOW, "no_egress_forward": False, "no_egress_ssh_ports": []},
+}
+
+
+@needs_namespace
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_loads_with_closed_policies_and_a_counter_for_each_rule(name: str) -> None:
+    variant = VARIANTS[name]
+    text = render(**variant)
+    found = loaded(text)
+    chains = {o["chain"]["name"]: o["chain"] for o in found if "chain" in o}
+    assert {c["policy"] for c in chains.values()} == {"drop"}
+    assert set(chains) == ({"output"} if variant.get("no_egress_forward") is False else {"output", "forward"})
+    extra = len(variant.get("no_egress_extra_output", [])) + len(variant.get("no_egress_extra_forward", []))
+    rules = [o["rule"] for o in found if "rule" in o]
+    counted = [r for r in rules if any("counter" in e for e in r["expr"])]
+    logging = [r for r in rules if any("log" in e for e in r["expr"])]
+    assert len(counted) + len(logging) + extra == len(rules)
+    # Every counter that is made is used by a rule.
+    used = {e["counter"] for r in counted for e in r["expr"] if "counter" in e}
+    assert used == {o["counter"]["name"] for o in found if "counter" in o}
+    last = [r for r in rules if r["chain"] == "output"][-1]["expr"]
+    assert last[-1] == {"reject": {"type": "icmpx", "expr": "admin-prohibited"}}
+    assert {"counter": "moat_out_denied"} in last
+
+
+@needs_namespace
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loading_again_and_the_closed_rules_replace_the_table_in_one_transaction(name: str) -> None:
+    text, closed = render(**VARIANTS[name]), render(template="closed.nft.j2", **VARIANTS[name])
+    script = "nft -f - && nft -s list ruleset"
+    once, twice = in_namespace(["sh", "-c", script], text), in_namespace(["sh", "-c", script], text + text)
+    assert once.returncode == 0
+    assert once.stdout == twice.stdout
+    after = in_namespace(["sh", "-c", script], text + closed).stdout
+    assert after.count("policy drop") == once.stdout.count("policy drop")
+    assert "198.51.100.5" not in after
+
+
+@needs_namespace
+def test_other_tables_stay() -> None:
+    other = "table inet other {\n\tchain c {\n\t\ttype filter hook input priority 0; policy accept;\n\t}\n}\n"
+    script = "nft -f - && nft list tables"
+    assert in_namespace(["sh", "-c", script], other + render(ALLOW)).stdout.splitlines() == [
+        "table inet other",
+        "table inet moat_egress",
+    ]
+
+
+@needs_namespace
+def test_a_statement_that_nft_does_not_know_fails_the_whole_file() -> None:
+    text = render(ALLOW, no_egress_extra_output=["let everything out"])
+    done = in_namespace(["sh", "-c", "nft -f -; nft list tables"], text)
+    assert "syntax error" in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_rule_of_ours_flushes_the_ruleset_but_the_stop_of_the_hosts_own_unit() -> None:
+    # `flush ruleset` would take the host's other tables away.
+    def code(name: str) -> str:
+        lines = (ROLE / "templates" / name).read_text("utf-8").splitlines()
+        return "\n".join(line for line in lines if not line.startswith("#"))
+
+    flushing = [p.name for p in (ROLE / "templates").iterdir() if "flush ruleset" in code(p.name)]
+    assert flushing == ["host-stop.nft.j2"]
