@@ -168,7 +168,7 @@ def refusals_of(report: Report, folder: Path) -> list[MoatError]:
         )
     if not report.proven:
         why = [f"{n.name}: its control was not caught ({n.why})" for n in report.layers if n.control_caught is False]
-        if not any(n.available and n.name in ("packets", "syscalls") for n in report.layers):
+        if not any(n.available and n.name in ("packets", "bridges", "syscalls") for n in report.layers):
             why += [f"{n.name}: {n.why}" for n in report.layers if not n.available]
         why += list(report.problems)
         refusals.append(

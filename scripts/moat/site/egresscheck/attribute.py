@@ -50,11 +50,11 @@ def attribute(
     for c in components:
         shares.setdefault(c.uid, []).append(c.name)
     calls = _by_target(a for a in seen if a.layer == "syscalls")
-    packets = _by_target(a for a in seen if a.layer == "packets")
+    packets = _by_target(a for a in seen if a.layer in ("packets", "bridges"))
     result = []
     for a in seen:
         better = a
-        if a.layer == "packets" and a.process.startswith("uid "):
+        if a.layer in ("packets", "bridges") and a.process.startswith("uid "):
             call = _nearest(a, calls, shares)
             if call is not None:
                 better = replace(a, process=call.process, component=call.component)

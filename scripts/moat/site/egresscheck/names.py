@@ -30,7 +30,7 @@ from typing import Final
 from moat.site.egresscheck import control
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
-from moat.site.egresscheck.namespaces import inside
+from moat.site.egresscheck.namespaces import holder_of_port, inside
 from moat.site.egresscheck.when import stamp
 
 RESOLVER: Final = "127.0.0.11"
@@ -62,10 +62,10 @@ _FILTER: Final = (
 
 @dataclass(frozen=True)
 class Question:
-    """One name asked for, in the namespace whose file is ``key``."""
+    """One name asked for, and by which process (``pid/comm``, or empty)."""
 
     when: float
-    key: str
+    process: str
     addresses: tuple[str, ...]
     name: str
     kind: str
@@ -89,8 +89,8 @@ def parse_question(message: bytes) -> tuple[str, str] | None:
     return ".".join(labels).lower() or ".", _TYPES.get(kind, f"type {kind}")
 
 
-def parse_packet(data: bytes) -> tuple[str, bytes] | None:
-    """Return the address and the message of an IP packet to a name server, or ``None`` if it is none."""
+def parse_packet(data: bytes) -> tuple[str, int, bytes] | None:
+    """Return server, source port and message of an IP packet to a name server, or ``None`` if it is none."""
     if len(data) >= 28 and data[0] >> 4 == 4:
         protocol, rest = data[9], data[(data[0] & 15) * 4 :]
         address = socket.inet_ntop(socket.AF_INET, data[16:20])
@@ -100,14 +100,15 @@ def parse_packet(data: bytes) -> tuple[str, bytes] | None:
     else:
         return None
     # A packet that came before the filter was in place may be any.
+    source = int.from_bytes(rest[:2], "big")
     if address != RESOLVER and rest[2:4] != b"\0\x35":
         return None
     if protocol == 17 and len(rest) > 8:
-        return address, rest[8:]
+        return address, source, rest[8:]
     if protocol == 6 and len(rest) >= 20:
         # Over TCP each message has its length in front; most clients send both in one segment.
         body = rest[(rest[12] >> 4) * 4 :]
-        return (address, body[2:]) if len(body) > 2 else None
+        return (address, source, body[2:]) if len(body) > 2 else None
     return None
 
 
@@ -119,6 +120,7 @@ class _Ear:
     listener: socket.socket
     asker: socket.socket
     since: float
+    inode: int
     addresses: tuple[str, ...] = ()
     lost: int = 0
     recent: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -138,7 +140,7 @@ def _open(key: str) -> _Ear:
     except BaseException:
         listener.close()
         raise
-    return _Ear(key, listener, asker, time.time())
+    return _Ear(key, listener, asker, time.time(), Path("/proc/thread-self/ns/net").stat().st_ino)
 
 
 def _addresses(asker: socket.socket) -> tuple[str, ...]:
@@ -255,7 +257,7 @@ class NamesLayer:
             if sender[2] != _PACKET_OUTGOING and sender[0] != "lo":
                 continue
             found = parse_packet(data)
-            asked = parse_question(found[1]) if found else None
+            asked = parse_question(found[2]) if found else None
             if found is None or asked is None:
                 continue
             now = time.time()
@@ -265,7 +267,9 @@ class NamesLayer:
             if passed_on and now - ear.recent.get(asked, 0) < _SAME_SECONDS:
                 continue
             ear.recent[asked] = now
-            self._questions.append(Question(now, ear.key, ear.addresses, asked[0], asked[1], found[0]))
+            # At once: a moment later the process may be gone.
+            who = "" if asked[0] in self._own else holder_of_port(ear.inode, found[1])
+            self._questions.append(Question(now, who, ear.addresses, asked[0], asked[1], found[0]))
 
     def control(self) -> str:
         """Ask for the control's name in every container, as its user."""
@@ -342,7 +346,8 @@ class NamesLayer:
                 Attempt(
                     when=stamp(q.when),
                     layer=self.name,
-                    process=f"uid {component.uid}" if component else f"a container at {', '.join(q.addresses)}",
+                    process=q.process
+                    or (f"uid {component.uid}" if component else f"a container at {', '.join(q.addresses)}"),
                     component=CONTROL if ours else component.name if component else "unknown",
                     destination=f"name {q.name} ({q.kind})",
                     detail="" if q.server == RESOLVER else f"asked at {q.server}",

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -33,6 +34,37 @@ def default_gateway(pid: int) -> str | None:
         if len(words) > 7 and words[1] == words[7] == "00000000":
             return socket.inet_ntoa(struct.pack("=I", int(words[2], 16)))
     return None
+
+
+def holder_of_port(inode: int, port: int) -> str:
+    """Return ``pid/comm`` of the process that has a socket bound to a port, in the namespace with this inode.
+
+    Empty if it is gone: a process may ask and end at once.
+    """
+    members = [p for p in Path("/proc").iterdir() if p.name.isdecimal() and _in(p, inode)]
+    sockets = {f"socket:[{number}]" for p in members[:1] for number in _sockets(p, port)}
+    for process in members if sockets else ():
+        with contextlib.suppress(OSError):  # it ended while we looked
+            if any(str(fd.readlink()) in sockets for fd in (process / "fd").iterdir()):
+                return f"{process.name}/{(process / 'comm').read_text('utf-8', 'replace').strip()}"
+    return ""
+
+
+def _in(process: Path, inode: int) -> bool:
+    try:
+        return (process / "ns/net").stat().st_ino == inode
+    except OSError:
+        return False
+
+
+def _sockets(process: Path, port: int) -> Iterator[str]:
+    for table in ("udp", "udp6", "tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in (process / "net" / table).read_text("ascii", "replace").splitlines()[1:]:
+                # number, local address:port, remote, state, queues, timer, retransmits, user, timeout, inode
+                words = line.split()
+                if len(words) > 9 and int(words[1].rpartition(":")[2], 16) == port and words[9] != "0":
+                    yield words[9]
 
 
 def inside(namespace: Path, make: Callable[[], T]) -> T:
