@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from moat.console import Console
-from moat.errors import EgressUnproven
+from moat.errors import EgressUnproven, MoatError
 from moat.site.egresscheck import leftovers
 from moat.site.egresscheck.attribute import attribute, name_servers
 from moat.site.egresscheck.marks import CONTROL
@@ -148,7 +148,6 @@ def verify(
 
     Raises:
         EgressUnproven: nothing runs here, or another verification does.
-        MoatError: the site could not be restarted; what was set is removed.
     """
     started = stamp()
     steps: list[Step] = []
@@ -182,14 +181,19 @@ def verify(
         try:
             with step("Start to watch"):
                 capture.start(site.layers(allowed), components)
-            with step("Restart the services inside the capture"):
-                site.restart(components)
-            with step("Send a first request of every kind"):
-                requests = site.requests()
-                for r in requests:
-                    console.info(f"{r.kind:<12} {r.status or '-':>3} {'ok' if r.ok else 'FAILED'} {r.note}")
-            with step(f"Watch for {options.quiet_seconds:g} s more"):
-                _quiet(options.quiet_seconds, console, sleep)
+            try:
+                with step("Restart the services inside the capture"):
+                    site.restart(components)
+                with step("Send a first request of every kind"):
+                    requests = site.requests()
+                    for r in requests:
+                        console.info(f"{r.kind:<12} {r.status or '-':>3} {'ok' if r.ok else 'FAILED'} {r.note}")
+                with step(f"Watch for {options.quiet_seconds:g} s more"):
+                    _quiet(options.quiet_seconds, console, sleep)
+            except MoatError as e:
+                # A service that does not start because it was refused what it tried is the finding itself.
+                console.problem(e)
+                capture.problems.append(f"the capture was cut short: {e.message} ({e.found})")
             with step("Make one deliberate attempt for every layer"):
                 capture.controls()
                 sleep(options.settle_seconds)

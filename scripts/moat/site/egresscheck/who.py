@@ -38,7 +38,7 @@ class Who:
             mark = c.cgroup or c.unit
             if mark:
                 # A whole element of the path, or a container's scope `docker-<id>.scope`.
-                self._marks.append((re.compile(r"(?:^|[/-])" + re.escape(mark) + r"(?:$|[/.])"), c.name))
+                self._marks.append((re.compile(r"(?:^|[/-])" + re.escape(mark) + r"(?:$|[/.])", re.MULTILINE), c.name))
 
     @property
     def uids(self) -> list[int]:

@@ -104,6 +104,13 @@ def test_a_unit_is_not_mistaken_for_one_with_a_longer_name(tmp_path: Path) -> No
     assert who.component(1, 12) == "minio"
 
 
+def test_a_host_with_several_hierarchies_of_control_groups(tmp_path: Path) -> None:
+    proc(tmp_path, 10, "/")
+    text = "12:cpu:/\n1:name=systemd:/docker/4f/system.slice/nginx.service\n0::/docker/4f\n"
+    (tmp_path / "10" / "cgroup").write_text(text, "utf-8")
+    assert Who(GATEWAYS, tmp_path).component(1, 10) == "nginx"
+
+
 def test_listening_ports(tmp_path: Path) -> None:
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "tcp").write_text(
