@@ -10,6 +10,7 @@ import pwd
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,27 +119,33 @@ def _address(text: str) -> tuple[str, int]:
     return str(ipaddress.ip_address(raw)), int(port, 16)
 
 
-def _inodes(host: Host) -> dict[str, tuple[int, str]]:
-    """Return which process holds which socket: inode to process id and name."""
-    found: dict[str, tuple[int, str]] = {}
+@dataclass
+class _Processes:
+    """Which process holds which socket, and what runs under which user; ``hidden`` were not to be looked into."""
+
+    holders: dict[str, tuple[int, str]] = field(default_factory=dict)
+    programs: dict[int, set[str]] = field(default_factory=dict)
+    hidden: int = 0
+
+
+def _processes(host: Host) -> _Processes:
+    found = _Processes()
     for process in sorted(host.path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
         try:
             name = (process / "comm").read_text("utf-8", "replace").strip()
-            links = list((process / "fd").iterdir())
+            found.programs.setdefault(process.stat().st_uid, set()).add(name)
+            for link in list((process / "fd").iterdir()):
+                match = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
+                if match:
+                    found.holders.setdefault(match[1], (int(process.name), name))
+        except PermissionError:
+            found.hidden += 1
         except OSError:  # it has ended meanwhile
             continue
-        for link in links:
-            try:
-                target = str(link.readlink())
-            except OSError:
-                continue
-            match = re.fullmatch(r"socket:\[(\d+)\]", target)
-            if match:
-                found.setdefault(match[1], (int(process.name), name))
     return found
 
 
-def _internet(host: Host, part: Part, inodes: dict[str, tuple[int, str]]) -> Iterator[dict[str, Any]]:
+def _internet(host: Host, part: Part, processes: _Processes) -> Iterator[dict[str, Any]]:
     for protocol, state in (("tcp", _LISTEN), ("tcp6", _LISTEN), ("udp", _UNCONNECTED), ("udp6", _UNCONNECTED)):
         try:
             lines = host.path(f"/proc/net/{protocol}").read_text("ascii").splitlines()[1:]
@@ -154,7 +161,10 @@ def _internet(host: Host, part: Part, inodes: dict[str, tuple[int, str]]) -> Ite
                 user = pwd.getpwuid(int(fields[7])).pw_name
             except KeyError:
                 user = fields[7]
-            pid, program = inodes.get(fields[9], (0, ""))
+            pid, program = processes.holders.get(fields[9], (0, ""))
+            alike = processes.programs.get(int(fields[7]), set())
+            if not program and processes.hidden and int(fields[7]) != 0 and len(alike) == 1:
+                program = f"{next(iter(alike))} (the only program of this user)"
             yield {
                 "protocol": protocol[:3],
                 "address": address,
@@ -198,15 +208,22 @@ def sockets(host: Host) -> Part:
     """Collect who listens, from the kernel's own tables."""
     part = Part("sockets", "Who listens")
     rows: list[dict[str, Any]] = []
-    for row in _internet(host, part, _inodes(host)):
-        part.moment.setdefault("pids", {})[f"{row['protocol']} {row['address']}:{row['port']}"] = row.pop("pid")
+    unknown: list[str] = []
+    processes = _processes(host)
+    for row in _internet(host, part, processes):
+        name = f"{row['protocol']} {row['address']}:{row['port']}"
+        part.moment.setdefault("pids", {})[name] = row.pop("pid")
         if row not in rows:
             rows.append(row)
-        if not row["program"]:
-            part.gap(
-                f"the program of {row['protocol']} {row['address']}:{row['port']}",
-                "no process in /proc holds the socket: it is in another namespace, or the kernel's own",
-            )
+            unknown += [] if row["program"] else [name]
+    if unknown:
+        why = (
+            f"{processes.hidden} processes of other users may not be looked into (root without CAP_SYS_PTRACE, as in a "
+            "container); the user of each socket is listed"
+            if processes.hidden
+            else "no process in /proc holds the socket: it is in another namespace, or the kernel's own"
+        )
+        part.gap("the program of " + ", ".join(sorted(unknown)), why)
     part.data["internet"] = sorted(rows, key=lambda r: (not r["loopback"], r["protocol"], r["port"], r["address"]))
     part.data["unix"] = _unix(host, part)
     part.data["host"] = socket.gethostname()

@@ -137,12 +137,14 @@ def secrets(host: Host) -> Part:
         for path in secret_files(host):
             row = _row(host, path)
             rows.append(row)
-            if int(row["mode"], 8) & 0o077:
+            mode = int(row["mode"], 8)
+            # A program that drops its rights before it reads a key (nginx, MinIO) is given it through its own group.
+            if mode & 0o037 or (mode & 0o040 and row["group"] not in (*_ACCOUNTS, "root")):
                 part.findings.append(
                     Finding(
                         f"the secret {row['path']} is open to others",
-                        f"mode {row['mode']}",
-                        "0600",
+                        f"mode {row['mode']}, group {row['group']}",
+                        "0600, or 0640 with the service's own group",
                         f"chmod 0600 {row['path']}, and replace the secret (rotate_secrets.yml)",
                     )
                 )
