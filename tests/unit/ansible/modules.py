@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports a module of ansible/library from where Ansible finds it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+LIBRARY = Path(__file__).resolve().parents[3] / "ansible" / "library"
+
+
+def module(name: str) -> ModuleType:
+    """Return a module of ansible/library; it is not run."""
+    spec = importlib.util.spec_from_file_location(f"moat_library_{name}", LIBRARY / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    # Dataclasses look for their module by name.
+    import sys
+
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
