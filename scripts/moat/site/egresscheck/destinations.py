@@ -33,7 +33,7 @@ class Destination:
 
     def __str__(self) -> str:
         if not self.host:
-            return f"a {self.scheme or 'destination'} address that cannot be read"
+            return "an address that cannot be read" + (f" ({self.scheme})" if self.scheme else "")
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}" if self.port is not None else host
 

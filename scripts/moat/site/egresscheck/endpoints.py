@@ -141,11 +141,18 @@ def _of_value(key: str, value: str) -> list[Destination]:
     found = in_text(value)
     if found or "://" in value or key in _NO_KEYS or not _KEYS.search(key):
         return found
-    d = read(value.strip().partition("/")[0]) if value.strip()[:1] not in ("", "/", ".") else None
-    # An address to listen on is no destination, and neither is a bare word like "off".
-    if d is None or (d.local and d.host != "localhost") or not (d.port or "." in d.host or ":" in d.host):
-        return []
-    return [d]
+    for word in value.replace(",", " ").split():
+        if word[0] in "/." or word.startswith("unix:"):
+            continue
+        host = word.partition("/")[0]
+        d = read(host)
+        if d is None:
+            # Not a word like "off": something that means a place, and nobody can say which.
+            found += [Destination("")] if "." in host or ":" in host else []
+        # An address to listen on is no destination, and neither is a bare word.
+        elif (not d.local or d.host == "localhost") and (d.port or "." in d.host or ":" in d.host):
+            found.append(d)
+    return found
 
 
 def _show(d: Destination) -> str:
