@@ -19,6 +19,7 @@ from moat.site.trust import TrustedBundle
 from moat.site.verify import read_signed_bytes
 
 _MOST_ROWS: Final = 50
+_NO_PROGRAM: Final = 127
 _AGAIN: Final = "bring the release again with install.sh from its medium, and find out who changed it"
 
 
@@ -213,59 +214,23 @@ def _repository(host: Host, part: Part, path: Path) -> dict[str, Any]:
         part.gap(f"the signature of {top.name}/InRelease", "there is no moat.gpg beside the repository")
     else:
         signature = _check_signature(host, part, key, top / "InRelease")
-    return {"packages": shown, "sha256": digest, "listed": False, "signature": "none"}
-    listed = digest in (top / "InRelease").read_text("utf-8", "replace")
-    if not listed:
-        part.findings.append(
-            Finding(
-                f"{shown} is not the one that InRelease lists",
-                digest,
-                "its sha256 in InRelease",
-                "run install.sh again",
-            )
-        )
-    key = next(iter(sorted(host.path(host.store).glob("current/apt/**/moat.gpg"))), None)
-    signature = "not checked"
-    if key is None:
-        part.gap(f"the signature of {top.name}/InRelease", "there is no moat.gpg beside the repository")
-    else:
-        for argv in (
-            ["sqv", "--keyring", str(key), "--cleartext", str(top / "InRelease")],
-            ["gpgv", "--keyring", str(key), str(top / "InRelease")],
-        ):
-            code, _, err = host.run(argv, "")
-            if code == 127:
-                continue
-            signature = "good" if code == 0 else "bad"
-            if code != 0:
-                part.findings.append(
-                    Finding(
-                        f"{argv[0]} refuses the signature of the repository",
-                        last_line(err),
-                        "good",
-                        "run install.sh again",
-                    )
-                )
-            break
-        else:
-            part.gap("the signature of the repository", "neither sqv nor gpgv is installed")
     return {"packages": shown, "sha256": digest, "listed": listed, "signature": signature}
 
 
 def _check_signature(host: Host, part: Part, key: Path, signed: Path) -> str:
     """Let the host's own verifier check a signature: sqv (Debian 13) or gpgv (Debian 12)."""
     with tempfile.TemporaryDirectory() as scratch:
-        for argv in (
-            # sqv refuses an output that exists, even /dev/null.
-            ["sqv", "--keyring", str(key), "--output", f"{scratch}/text", "--cleartext", str(signed)],
-            ["gpgv", "--keyring", str(key), str(signed)],
-        ):
-            code, _, err = host.run(argv, "")
-            if code == 127:
-                continue
-            if code != 0:
-                what = f"{argv[0]} refuses the signature of the repository"
-                part.findings.append(Finding(what, last_line(err), "a good signature", "run install.sh again"))
-            return "good" if code == 0 else "bad"
-    part.gap("the signature of the repository", "neither sqv nor gpgv is installed")
-    return "not checked"
+        # sqv refuses an output that exists, even /dev/null.
+        sqv = ["sqv", "--keyring", str(key), "--output", f"{scratch}/text", "--cleartext", str(signed)]
+        code, _, err = host.run(sqv, "")
+    tool = "sqv"
+    if code == _NO_PROGRAM:
+        tool = "gpgv"
+        code, _, err = host.run([tool, "--keyring", str(key), str(signed)], "")
+    if code == _NO_PROGRAM:
+        part.gap("the signature of the repository", "neither sqv nor gpgv is installed")
+        return "not checked"
+    if code != 0:
+        what = f"{tool} refuses the signature of the repository"
+        part.findings.append(Finding(what, last_line(err), "a good signature", "run install.sh again"))
+    return "good" if code == 0 else "bad"
