@@ -32,6 +32,7 @@ SITE_COMMANDS = (
     "pack",
     "program",
     "aptsign",
+    "egress",
     "evidence",
 )
 #: Stay on the build host; absent from moat.pyz.

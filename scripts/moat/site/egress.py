@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -91,6 +94,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         site = _site(args.site, args.dir, args.key_file, console)
         options = Options(quiet_seconds=args.quiet_seconds, allow=tuple(args.allow))
         report = verify(site, options, console)
+        command = shlex.join(["moat", *sys.argv[1:]])
+        report = replace(report, host={**report.host, "command": command})
         # Imported here: the page is a large module, and no part of a capture that has to be undone.
         from moat.site.egresscheck.report import write_report
 

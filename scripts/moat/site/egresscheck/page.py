@@ -140,7 +140,7 @@ def page(report: Report) -> str:
 
 def _head(report: Report, judged: Verdict) -> str:
     kind = {"PASS": "pass", "FAIL": "fail"}.get(judged.word.value, "unproven")
-    where = report.host.get("hostname", "")
+    where = report.host.get("host", "")
     mind = "".join(f"<li>{say(m)}</li>" for m in judged.mind)
     return (
         "<header>\n<h1>Does anything try to leave this site?</h1>\n"
@@ -177,9 +177,11 @@ def _tried(report: Report) -> str:
     found = by_component(report.attempts)
     rows = []
     names = [c.name for c in report.components]
+    # A container that has done its work and ended has no address.
+    own = "none now" if report.site == "compose" else "the host's"
     for c in report.components:
         groups = found.get(c.name, [])
-        rows.append([say(c.name), say(c.unit), say(c.uid), say(", ".join(c.addresses) or "the host's"), _tally(groups)])
+        rows.append([say(c.name), say(c.unit), say(c.uid), say(", ".join(c.addresses) or own), _tally(groups)])
     for name in sorted(set(found) - set(names)):
         rows.append([say(name), "not a component", "", "", _tally(found[name])])
     out = _table(
@@ -210,15 +212,17 @@ def _tally(groups: Sequence[Group]) -> str:
 def _groups(groups: Sequence[Group]) -> str:
     rows = []
     for g in groups[:MOST_ROWS]:
-        who = ", ".join(say(p, 80) for p in list(g.processes)[:5])
-        if len(g.processes) > 5:
-            who += f" and {len(g.processes) - 5} more"
+        # A user id says less than the process that another layer knew.
+        known = [p for p in g.processes if not (g.pids and p.startswith("uid "))]
+        who = ", ".join(say(p, 80) for p in known[:5])
+        if len(known) > 5:
+            who += f" and {len(known) - 5} more"
         if g.pids:
             more = f" and {len(g.pids) - 5} more" if len(g.pids) > 5 else ""
             who += f" (process {', '.join(list(g.pids)[:5])}{more})"
         seen = ", ".join(f"{say(layer)}: {n}" for layer, n in g.seen.items())
         detail = "".join(f"<br>{say(d)}" for d in g.details)
-        last = "" if g.last == g.first else f"<br>last {_moment(g.last)}"
+        last = "" if _moment(g.last) == _moment(g.first) else f"<br>last {_moment(g.last)}"
         rows.append([say(g.destination), who, f"{_moment(g.first)}{last}", seen + detail])
     out = _table(
         count(len(groups), "destination"),

@@ -134,7 +134,7 @@ def test_hostile_values_stay_text_everywhere(tmp_path: Path, hostile: str) -> No
         probes=(Probe(hostile, False, hostile, hostile),),
         rules=hostile,
         problems=(hostile,),
-        host={hostile: hostile, "command": hostile, "hostname": hostile},
+        host={hostile: hostile, "command": hostile, "host": hostile},
         steps=(Step(hostile, hostile),),
         allowed=(hostile,),
         site=hostile,
