@@ -242,6 +242,10 @@ def examine(folder: Path, signed: Signed) -> Existing:
     known = {f.path: f for f in signed.manifest.files}
     damage: list[str] = []
     readable: list[FileEntry] = []
+    # Whoever may write the folder above could put another copy in this one's place.
+    above = _wrong_status(folder.parent, EntryType.FOLDER, "..")
+    if above:
+        damage.append(f"the release's folder {above}")
     with scan.open_root(folder) as root:
         for path, expected in ((MANIFEST_NAME, signed.manifest_bytes), (SIGNATURE_NAME, signed.signature)):
             try:
@@ -288,6 +292,7 @@ def _write(source: Source, store: Store, name: str, keep: Sequence[FileEntry], l
     old_mask = os.umask(0o022)
     try:
         release.mkdir(exist_ok=True)
+        release.chmod(0o755)
         temporary = Path(tempfile.mkdtemp(prefix=f".{BUNDLE}.new.", dir=release))
         temporary.chmod(0o755)
         _write_file(temporary, MANIFEST_NAME, iter([source.signed.manifest_bytes]))
