@@ -47,18 +47,14 @@ def main(argv: list[str]) -> int:
     env = environment()
     results: list[tuple[str, bool, float]] = []
     for name in args.scenario or SCENARIOS:
-        command = [
-            "molecule",
-            "--base-config",
-            str(ROOT / "molecule" / "base.yml"),
-            "test",
-            "--scenario-name",
-            name,
-            "--no-command-borders",
-        ]
+        base = ["molecule", "--base-config", str(ROOT / "molecule" / "base.yml")]
+        command = [*base, "test", "--scenario-name", name, "--no-command-borders"]
         command += ["--destroy", "never" if args.keep else "always"]
         print(f"\n=== molecule {name} ===", flush=True)
         started = time.monotonic()
+        if args.keep:  # "never" leaves out the destroy at the start too
+            destroy = [*base, "destroy", "--scenario-name", name]
+            subprocess.run(destroy, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=False)
         results.append((name, done.returncode == 0, time.monotonic() - started))
     print("\nscenario      result    seconds")
