@@ -30,7 +30,7 @@ _LAYERS: Final = {
         "an attempt that fails before there is a packet (“syscalls” sees those); the name behind an address",
     ),
     "dns": (
-        "every name that the site's processes ask the host's resolver for: the only layer that gives names",
+        "every name that the site's processes ask a resolver for: the only layer that gives names",
         "an attempt that uses an address without asking for a name (“packets” and “syscalls” see those)",
     ),
     "syscalls": (
