@@ -92,6 +92,7 @@ class SystemdSite:
         self._marks = draw()
         self._allowed: tuple[str, ...] | None = None
         self._restarted_at = 0.0
+        self._answers: dict[str, tuple[list[Endpoint], tuple[str, ...]]] = {}
 
     @staticmethod
     def is_here() -> bool:
@@ -122,13 +123,19 @@ class SystemdSite:
 
     # --- what is configured ---
 
+    def _asked(self, unit: str, pid: int) -> tuple[list[Endpoint], tuple[str, ...]]:
+        """Ask a gateway once: its program takes a second to start."""
+        if unit not in self._answers:
+            self._answers[unit] = endpoints.of_gateway(component_name(unit), pid, container=False)
+        return self._answers[unit]
+
     def allowed(self) -> tuple[str, ...]:
         """Return the site's allow-list: that of the gateways, and what the packet filter lets out by its rules."""
         if self._allowed is None:
             texts: list[str] = []
             for unit, pid in self._pids().items():
                 if unit.startswith("moat-gateway@") and pid:
-                    texts += endpoints.of_gateway(component_name(unit), pid)[1]
+                    texts += self._asked(unit, pid)[1]
             self._allowed = tuple(dict.fromkeys((*texts, *systemd_probes.let_out())))
         return self._allowed
 
@@ -143,7 +150,7 @@ class SystemdSite:
                 continue
             environ = endpoints.environment_of(pid)
             if unit.startswith("moat-gateway@"):
-                found += endpoints.of_gateway(name, pid)[0]
+                found += self._asked(unit, pid)[0]
             elif name == "minio":
                 found += endpoints.of_minio(name, environ)
             elif name in ("valkey", "redis") and VALKEY_CONF.exists():
