@@ -114,6 +114,7 @@ class BridgesLayer:
         marks: where the controls go.
         senders: for each bridge's device, the container whose packets take it: process id and user id. Asked when
             the control is made, because a restart changes the process.
+        calls_seen: whether system calls are watched at this moment.
         own: (address, port) of packets that are ours although they go to no mark, the probes'; it may grow.
     """
 
@@ -125,12 +126,14 @@ class BridgesLayer:
         allowed: Sequence[Allowed],
         marks: Marks,
         senders: Callable[[], Mapping[str, tuple[int, int]]],
+        calls_seen: Callable[[], bool],
         own: AbstractSet[tuple[str, int]],
     ) -> None:
         self._bridges = tuple(bridges)
         self._allowed = allowed
         self._marks = marks
         self._senders = senders
+        self._calls_seen = calls_seen
         self._own = own
         self._reader: nflog.Reader | None = None
         self._components: dict[str, Component] = {}
@@ -171,7 +174,12 @@ class BridgesLayer:
         for bridge in self._bridges:
             sender = senders.get(bridge.device)
             if sender is None:
-                self.notes.append(f"{bridge.device}: no container of it has a way to the host, so there are no packets")
+                # Newer engines give an internal network no default route: an attempt ends before it is a packet.
+                why = f"no container on {bridge.device} has a way to the host, so that there is no packet to see"
+                if self._calls_seen():
+                    self.notes.append(f"{why}; “syscalls” sees the attempts")
+                else:
+                    self.problems.append(f"{why}, and system calls are not watched either")
                 continue
             pid, uid = sender
             inside(network_of(pid), partial(control.attempt, uid, "udp", self._marks.ipv4, self._marks.port))

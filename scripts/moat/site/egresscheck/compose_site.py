@@ -137,10 +137,11 @@ class ComposeSite:
         networks = tuple(ipaddress.IPv4Network(b.subnet) for b in bridges)
         names = [n for s in services.values() for n in (s.name, *s.aliases)]
         folder = next((s.namespace.parent for s in services.values() if s.namespace), None)
+        # Among each other they may talk; what goes to the host's own address there is seen on the bridge.
+        calls = SyscallsLayer([*entries, Allowed("the site's own networks", networks)], self._marks)
         found: list[Layer] = [
-            # Among each other they may talk; what goes to the host's own address there is seen on the bridge.
-            SyscallsLayer([*entries, Allowed("the site's own networks", networks)], self._marks),
-            BridgesLayer(bridges, entries, self._marks, self._senders, self._own),
+            calls,
+            BridgesLayer(bridges, entries, self._marks, self._senders, lambda: calls.watching, self._own),
         ]
         if folder is not None:
             found.append(

@@ -95,7 +95,7 @@ class AllowList:
     """
 
     def __init__(self, texts: Iterable[str], own: Iterable[str] = ()) -> None:
-        self._own = {str(d) for name in own if (d := read(name)) is not None}
+        self._own = {d.host for name in own if (d := read(name)) is not None}
         self._names: set[tuple[str, int | None]] = set()
         self._networks: list[tuple[_Network, int | None]] = []
         for text in texts:

@@ -335,6 +335,11 @@ class SyscallsLayer:
         self.problems: list[str] = []
         self.notes: list[str] = []
 
+    @property
+    def watching(self) -> bool:
+        """Whether it runs at this moment."""
+        return self._thread is not None
+
     def start(self, components: Sequence[Component]) -> None:
         """Load the program, attach it, and read."""
         if platform.machine() != "x86_64":

@@ -126,7 +126,7 @@ def test_the_table_lets_the_site_talk_to_itself_but_not_to_the_host() -> None:
 
 
 def bridges_layer(*packets: Packet) -> BridgesLayer:
-    layer = BridgesLayer([CORE], [], MARKS, dict, {("172.30.242.1", 4444)})
+    layer = BridgesLayer([CORE], [], MARKS, dict, lambda: True, {("172.30.242.1", 4444)})
     layer._components = dict.fromkeys(GATEWAY.addresses, GATEWAY)
     for p in packets:
         layer._handle(Event(1.0, "moat-core", None, None, p))
