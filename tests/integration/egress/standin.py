@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from moat.site.egresscheck import leftovers, run
 from moat.site.egresscheck.allow import parse_all
 from moat.site.egresscheck.marks import draw
 from moat.site.egresscheck.model import Component, Endpoint, Layer, Probe, RequestResult
+from moat.site.egresscheck.nflog import parse_packet
 from moat.site.egresscheck.packets import PacketsLayer
 from moat.site.egresscheck.sinkhole import DnsLayer
 from moat.site.egresscheck.syscalls import SyscallsLayer
@@ -190,6 +193,36 @@ class Blind:
         return self._layer.stop()  # type: ignore[return-value]
 
 
+class WayOut:
+    """A network to the outside: one end of a cable is this host's default route, at the other end we listen."""
+
+    def __init__(self) -> None:
+        for words in (
+            "link add out type veth peer name far",
+            "address add 192.0.2.1/24 dev out",
+            "-6 address add 2001:db8:ffff::1/64 dev out nodad",
+            "link set out up",
+            "link set far up",
+            "neighbour add 192.0.2.2 lladdr 02:00:00:00:00:02 dev out",
+            "-6 neighbour add 2001:db8:ffff::2 lladdr 02:00:00:00:00:02 dev out",
+            "route add default via 192.0.2.2",
+            "-6 route add default via 2001:db8:ffff::2",
+        ):
+            subprocess.run(["ip", *words.split()], check=True)
+        self.seen: list[str] = []
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+        self._socket.bind(("far", 3))
+        threading.Thread(target=self._listen, daemon=True).start()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # proves that what leaves is seen
+            s.sendto(b"x", ("203.0.113.99", 9))
+
+    def _listen(self) -> None:
+        while True:
+            packet = parse_packet(self._socket.recv(2048))
+            if packet is not None and not packet.protocol.startswith(("icmpv6", "igmp")):
+                self.seen.append(packet.text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--leak", default="none")
@@ -199,11 +232,13 @@ def main() -> int:
     parser.add_argument("--allow", action="append", default=[])
     parser.add_argument("--broken", default="")
     parser.add_argument("--prohibit", action="store_true", help="the host refuses the way to 203.0.113.40")
+    parser.add_argument("--way-out", action="store_true", help="the host has a default route")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     if args.prohibit:
         subprocess.run(["ip", "route", "add", "prohibit", "203.0.113.40/32"], check=True)
+    way_out = WayOut() if args.way_out else None
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     site = StandInSite(args.leak, args.leaker, args.delay, args.broken)
     site.start()
@@ -218,7 +253,9 @@ def main() -> int:
         from moat.site.egresscheck.report import write_report
 
         write_report(report, args.out)
-    json.dump({**report.to_dict(), "left": leftovers.present(), "same_rules": before == after}, sys.stdout)
+    outside = way_out.seen if way_out else []
+    more = {"left": leftovers.present(), "same_rules": before == after, "outside": outside}
+    json.dump({**report.to_dict(), **more}, sys.stdout)
     return 0
 
 

@@ -140,13 +140,22 @@ def test_what_the_allow_list_permits_is_no_attempt() -> None:
     assert ("gateway-1", "python3", "tcp 203.0.113.60:8000") in seen(elsewhere, "packets")
 
 
+def test_nothing_leaves_a_host_that_has_a_way_out_neither_leak_nor_control() -> None:
+    report = capture("--way-out", "--leak", "callback")
+    assert report["outside"] == ["udp 203.0.113.99:9"]  # the test's own: the listener hears what leaves
+    assert report["proven"] is True
+    assert {d for _, _, d in seen(report, "packets")} == {"tcp 203.0.113.1:80", "tcp [2001:db8:53::1]:80"}
+
+
 @pytest.mark.parametrize("layer", ["packets", "dns", "syscalls"])
 def test_a_layer_that_was_blinded_proves_nothing(layer: str) -> None:
-    report = capture("--broken", layer)
+    report = capture("--broken", layer, "--way-out")
     assert {n["name"]: n["control_caught"] for n in report["layers"]}[layer] is False
     assert report["proven"] is False
     assert report["ok"] is False
     assert report["left"] == []
+    # Where the rule that would refuse it is gone, the control is not made: on this host it would leave.
+    assert report["outside"] == ["udp 203.0.113.99:9"]
 
 
 def test_a_run_that_is_killed_outright_leaves_nothing_behind() -> None:

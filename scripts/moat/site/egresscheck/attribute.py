@@ -21,6 +21,8 @@ from moat.site.egresscheck.who import OR
 
 #: A call and its packet are microseconds apart; clocks and queues are given this much (seconds).
 _NEAR: Final = 2.0
+#: The layers that see packets, of a host's services and of containers.
+_PACKETS: Final = frozenset({"packets", "bridges"})
 
 
 def _target(attempt: Attempt) -> str:
