@@ -88,8 +88,9 @@ td::before{content:attr(data-label) ": ";font-weight:600;color:#444}
 dl{display:block}dd{margin:0 0 .5rem}
 }
 @media print{
-body{max-width:none;padding:0;font-size:10pt}
-h2{break-after:avoid}
+html{font-size:9.5pt}
+body{max-width:none;padding:0}
+h2,h3,caption{break-after:avoid}
 tr,.verdict{break-inside:avoid}
 thead{display:table-header-group}
 thead th{background:none;border-bottom-width:2px}
@@ -181,7 +182,7 @@ def _tried(report: Report) -> str:
     own = "none now" if report.site == "compose" else "the host's"
     for c in report.components:
         groups = found.get(c.name, [])
-        rows.append([say(c.name), say(c.unit), say(c.uid), say(", ".join(c.addresses) or own), _tally(groups)])
+        rows.append([say(c.name), say(c.unit), say(c.uid), "<br>".join(map(say, c.addresses)) or own, _tally(groups)])
     for name in sorted(set(found) - set(names)):
         rows.append([say(name), "not a component", "", "", _tally(found[name])])
     out = _table(
@@ -189,7 +190,7 @@ def _tried(report: Report) -> str:
         ("Component", "Unit or container", "User id", "Address", "Attempts"),
         rows,
         head=0,
-        short=(0, 2),
+        short=(0, 2, 3),
     )
     if not found:
         return _section("What was tried", "<p><strong>Nothing.</strong> No component made an attempt.</p>" + out)
