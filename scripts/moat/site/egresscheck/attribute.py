@@ -53,15 +53,18 @@ def attribute(
         shares.setdefault(c.uid, []).append(c.name)
     calls = _by_target(a for a in seen if a.layer == "syscalls")
     packets = _by_target(a for a in seen if a.layer in ("packets", "bridges"))
+    asking = [a for a in seen if a.layer == "syscalls" and _address(a) in name_servers and _target(a).endswith(":53")]
     result = []
     for a in seen:
         better = a
+        if a.layer == "dns" and a.process.startswith("uid "):
+            better = _asked_by(a, asking, shares)
         if a.layer in ("packets", "bridges") and a.process.startswith("uid "):
             call = _nearest(a, calls, shares)
             if call is not None:
                 better = replace(a, process=call.process, component=call.component)
         elif a.layer == "syscalls":
-            if _address(a) in name_servers and a.destination.endswith(":53"):
+            if a in asking:
                 continue
             packet = _nearest(a, packets, shares)
             if packet is not None:
@@ -71,6 +74,19 @@ def attribute(
             better = replace(better, detail=_joined(better.detail, f"this address was the sinkhole's answer to {name}"))
         result.append(better)
     return sorted(result, key=lambda a: (a.when, a.layer, a.destination))
+
+
+def _asked_by(a: Attempt, asking: Sequence[Attempt], shares: Mapping[int, list[str]]) -> Attempt:
+    """Return a question with its process, if just one process spoke to a name server at that time."""
+    near = {
+        (o.process, o.component)
+        for o in asking
+        if abs(_seconds(o) - _seconds(a)) <= _NEAR and _alike(o.component, a.component, shares)
+    }
+    if len(near) != 1:
+        return a
+    ((process, component),) = near
+    return replace(a, process=process, component=component)
 
 
 def _by_target(attempts: Iterable[Attempt]) -> dict[str, list[Attempt]]:

@@ -170,6 +170,17 @@ def test_only_the_way_to_the_name_server_is_left_out_and_only_if_names_were_watc
     ]
 
 
+def test_a_question_learns_its_process_if_just_one_spoke_to_the_name_server() -> None:
+    question = attempt("dns", "uid 990", "gateway-1 or gateway-2", "name api.example.com (A)")
+    one = attempt("syscalls", "7/python3", "gateway-2", "udp 10.0.0.53:53")
+    two = attempt("syscalls", "8/python3", "gateway-1", "connect 10.0.0.53:53")
+    other = attempt("syscalls", "9/minio", "minio", "udp 10.0.0.53:53")
+    servers = frozenset({"10.0.0.53"})
+    (found,) = attribute([question, one, other], GATEWAYS, name_servers=servers)
+    assert (found.process, found.component) == ("7/python3", "gateway-2")
+    assert attribute([question, one, two], GATEWAYS, name_servers=servers) == [question]
+
+
 def test_name_servers(tmp_path: Path) -> None:
     conf = tmp_path / "resolv.conf"
     conf.write_text("# x\nnameserver 10.0.0.53\nsearch a\nnameserver fe80::1%eth0\nnameserver\n", "ascii")
