@@ -169,9 +169,9 @@ def _free(place: str) -> int:
     return stats.f_bavail * stats.f_frsize
 
 
-def listeners() -> dict[int, set[str]]:
-    """Return the inodes of the sockets that listen, by TCP port."""
-    found: dict[int, set[str]] = {}
+def listeners() -> dict[int, dict[str, int]]:
+    """Return the sockets that listen by TCP port: the user of each by its inode."""
+    found: dict[int, dict[str, int]] = {}
     for name in ("tcp", "tcp6"):
         try:
             lines = Path("/proc/net", name).read_text("ascii").splitlines()[1:]
@@ -180,22 +180,43 @@ def listeners() -> dict[int, set[str]]:
         for line in lines:
             fields = line.split()
             if fields[3] == "0A":  # LISTEN
-                found.setdefault(int(fields[1].rsplit(":", 1)[1], 16), set()).add(fields[9])
+                found.setdefault(int(fields[1].rsplit(":", 1)[1], 16), {})[fields[9]] = int(fields[7])
     return found
 
 
-def holders(inodes: set[str]) -> dict[str, str]:
-    """Return the unit of each process that holds one of the sockets, by the process's name and number."""
-    found = {}
-    for fds in Path("/proc").glob("[0-9]*/fd"):
-        process = fds.parent
+def processes() -> Iterator[tuple[Path, str, str]]:
+    """Yield the folder in /proc, the name and the unit of every process."""
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            links = {str(fd.readlink()) for fd in fds.iterdir()}
-            if not links & {f"socket:[{i}]" for i in inodes}:
-                continue
+            name = (process / "comm").read_text("utf-8").strip()
             groups = (process / "cgroup").read_text("utf-8").splitlines()
-            unit = next((part for g in groups for part in g.split("/") if part.endswith(".service")), "")
-            found[f"{(process / 'comm').read_text('utf-8').strip()} (process {process.name})"] = unit
+        except OSError:  # it has ended
+            continue
+        yield process, name, next((part for g in groups for part in g.split("/") if part.endswith(".service")), "")
+
+
+def holders(inodes: Mapping[str, int]) -> dict[str, str]:
+    """Return the unit of each process that holds one of the sockets, by the process's name and number.
+
+    Inside a container root may not look at the files of other users' processes. A socket whose holder cannot be
+    seen counts for those units that have a process of the socket's own user.
+    """
+    found, unseen = {}, dict(inodes)
+    everybody = list(processes())
+    for process, name, unit in everybody:
+        try:
+            links = {str(fd.readlink()) for fd in (process / "fd").iterdir()}
+        except OSError:
+            continue
+        held = [i for i in inodes if f"socket:[{i}]" in links]
+        if held:
+            found[f"{name} (process {process.name})"] = unit
+            for inode in held:
+                unseen.pop(inode, None)
+    for process, name, unit in everybody:
+        try:
+            if unit and process.stat().st_uid in unseen.values():
+                found[f"{name} (process {process.name}, by its user)"] = unit
         except OSError:
             continue
     return found
@@ -208,11 +229,13 @@ def ports(wanted: Sequence[Mapping[str, Any]]) -> Iterator[Failure]:
         if one["port"] not in listening:
             continue
         who = holders(listening[one["port"]])
-        strangers = sorted(name for name, unit in who.items() if unit not in one["units"])
-        if strangers or not who:
+        seen = {name: unit for name, unit in who.items() if not name.endswith("by its user)")}
+        ours = any(unit in one["units"] for unit in who.values())
+        others = sorted(name for name, unit in seen.items() if unit not in one["units"])
+        if others or not ours:
             yield failure(
                 f"port {one['port']}",
-                f"held by {', '.join(strangers) or 'a program that cannot be seen'}",
+                f"held by {', '.join(others) or 'a program that cannot be seen'}",
                 "free, or held by " + " or ".join(one["units"][:2]),
                 f"stop that program, or choose another port with {one['variable']}",
             )
