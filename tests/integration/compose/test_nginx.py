@@ -243,9 +243,36 @@ def error_code(body: bytes) -> str:
     return str(json.loads(body)["error"]["code"])
 
 
-def test_a_post_of_which_a_byte_was_sent_is_never_sent_again(site: Site) -> None:
+def test_a_completion_is_sent_to_the_other_gateway_when_one_ends_before_a_byte_of_its_answer(site: Site) -> None:
+    first, second = site.gateway(4001, break_off), site.gateway(4002, answer(b"{}"))
+    for _ in range(2):
+        assert site.ask()[0] == 200
+    assert len(first.requests) == 1  # then it is left alone for a while
+    assert len(second.requests) == 2
+
+
+def test_a_completion_is_sent_twice_at_most(site: Site) -> None:
     first, second = site.gateway(4001, break_off), site.gateway(4002, break_off)
     status, headers, body = site.ask()
+    assert (status, error_code(body)) == (502, "gateway_unreachable")
+    assert headers["retry-after"] == "1"
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+
+
+def test_a_completion_on_which_a_gateway_has_worked_for_long_is_not_sent_again(site: Site) -> None:
+    def late(connection: socket.socket, request: bytes) -> None:
+        time.sleep(5.5)
+        break_off(connection, request)
+
+    first, second = site.gateway(4001, late), site.gateway(4002, late)
+    assert site.ask()[0] == 502
+    assert len(first.requests) + len(second.requests) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/audio/speech", "/v1/responses/resp_1/cancel"])
+def test_a_post_that_is_no_completion_is_never_sent_again(site: Site, path: str) -> None:
+    first, second = site.gateway(4001, break_off), site.gateway(4002, break_off)
+    status, headers, body = site.ask(path=path)
     assert (status, error_code(body)) == (502, "gateway_unreachable")
     assert headers["retry-after"] == "1"
     assert len(first.requests) + len(second.requests) == 1
