@@ -18,12 +18,17 @@ def line(finding: Mapping[str, Any]) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return rows (``host``, ``what``, ``ok``, ``found``) as lines of equal columns, the wrong ones marked and last."""
-    sorted_rows = sorted(rows, key=lambda r: not r["ok"])
-    width = max((len(f"{r['host']}  {r['what']}") for r in sorted_rows), default=0)
+    """Return rows (``host``, ``what``, ``ok``, ``found``) as lines of equal columns, the wrong ones marked and last.
+
+    A site of one host needs no column that repeats its name.
+    """
+    ordered = sorted(rows, key=lambda r: not r["ok"])
+    several = len({r["host"] for r in ordered}) > 1
+    names = [f"{r['host']}  {r['what']}" if several else str(r["what"]) for r in ordered]
+    width = max(map(len, names), default=0)
     return [
-        f"{'ok   ' if r['ok'] else 'WRONG'}  {(r['host'] + '  ' + r['what']).ljust(width)}  {r['found']}"
-        for r in sorted_rows
+        f"{'ok   ' if r['ok'] else 'WRONG'}  {name.ljust(width)}  {r['found']}"
+        for r, name in zip(ordered, names, strict=True)
     ]
 
 

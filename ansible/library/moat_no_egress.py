@@ -10,6 +10,7 @@ set that cuts the control connection cannot cut the answer too. The role then ma
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -279,6 +280,9 @@ def absent(module: AnsibleModule) -> dict[str, Any]:
             module.fail_json(msg=f"the table could not be removed: {err.strip()}")
         for file in (PENDING, PREVIOUS, path):
             file.unlink(missing_ok=True)
+        for folder in (RUN, path.parent):
+            with contextlib.suppress(OSError):  # not there, or not ours alone
+                folder.rmdir()
     return {"changed": changed, "diff": {"before": current, "after": ""}}
 
 

@@ -67,7 +67,8 @@ def ready(text: str) -> Answer:
     try:
         connection.request("GET", "/_moat/ready")
         answer = connection.getresponse()
-        return answer.status == 200, f"{answer.status} {answer.read(200).decode('utf-8', 'replace').strip()}"
+        said = answer.read(200).decode("utf-8", "replace").strip()
+        return answer.status == 200, "ready" if answer.status == 200 else f"{answer.status} {said}"
     finally:
         connection.close()
 
@@ -81,7 +82,7 @@ def certificate(text: str, name: str, ca: str, days: int) -> Answer:
     ):
         end = dict(wrapped.getpeercert() or {}).get("notAfter", "")
         left = (ssl.cert_time_to_seconds(str(end)) - time.time()) / 86400
-        return left >= days, f"{wrapped.version()}, valid for {left:.0f} more days (until {end})"
+        return left >= days, f"{wrapped.version()}, {left:.0f} more days"
 
 
 def entrance(
@@ -107,14 +108,16 @@ def entrance(
         document = None
     if path == "/v1/models" and answer.status == 200 and isinstance(document, dict):
         names = [str(m.get("id")) for m in document.get("data", []) if isinstance(m, dict)]
-        return bool(names), "200, models: " + (", ".join(names[:10]) or "none")
+        return bool(names), "200 with " + (", ".join(names[:10]) or "no model")
     if path == "/v1/chat/completions" and answer.status == 200 and isinstance(document, dict):
         choices = document.get("choices") or []
         said = str((choices[0].get("message") or {}).get("content", "")) if choices else ""
-        return bool(said.strip()), f"200, the model said {len(said)} characters"
+        return bool(said.strip()), f"200, {len(said)} characters"
     if key is None and path == "/v1/models":  # without a key the right answer is a refusal
-        return answer.status == 401, f"{answer.status} without a key"
-    return answer.status == 200, f"{answer.status} {data[:120].decode('utf-8', 'replace').strip()}"
+        return answer.status == 401, "refused (401)" if answer.status == 401 else str(answer.status)
+    if answer.status == 200:
+        return True, "200"
+    return False, f"{answer.status} {data[:120].decode('utf-8', 'replace').strip()}"
 
 
 def release(store: str) -> Answer:
@@ -153,7 +156,7 @@ def main() -> None:
         try:
             ok, found = question()
         except (OSError, ValueError, http.client.HTTPException) as e:
-            ok, found = False, f"{type(e).__name__}: {e}"
+            ok, found = False, getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
         rows.append({"what": what, "ok": ok, "found": found})
 
     ask("release", lambda: release(p["store"]))
@@ -164,22 +167,22 @@ def main() -> None:
     for one in p["tls"]:
         ask(f"certificate at {one}", lambda one=one: certificate(one, host_port(one)[0], p["ca"], p["days"]))
     for one in p["gateways"]:
-        ask(f"gateway {one} ready", lambda one=one: ready(one))
+        ask(f"gateway {one}", lambda one=one: ready(one))
     if p["entrance"]:
         where, name = p["entrance"], p["server_name"] or host_port(p["entrance"])[0]
-        ask(f"certificate of the entrance {name}", lambda: certificate(where, name, p["ca"], p["days"]))
+        ask(f"entrance, certificate of {name}", lambda: certificate(where, name, p["ca"], p["days"]))
 
         def request(method: str, path: str, key: str | None = None, body: dict[str, Any] | None = None) -> Answer:
             return entrance(where, name, p["ca"], method, path, key, body)
 
-        ask("entrance: /_moat/ready", lambda: request("GET", "/_moat/ready"))
-        ask("entrance: refuses a request without a key", lambda: request("GET", "/v1/models"))
+        ask("entrance, readiness", lambda: request("GET", "/_moat/ready"))
+        ask("entrance, a request without a key", lambda: request("GET", "/v1/models"))
         if p["key"]:
-            ask("entrance: models for the key", lambda: request("GET", "/v1/models", p["key"]))
+            ask("entrance, models for the key", lambda: request("GET", "/v1/models", p["key"]))
         if p["key"] and p["model"]:
             body = {"model": p["model"], "messages": [{"role": "user", "content": "Say: ready."}], "max_tokens": 16}
             ask(
-                f"entrance: chat completion of {p['model']}",
+                f"entrance, chat completion of {p['model']}",
                 lambda: request("POST", "/v1/chat/completions", p["key"], body),
             )
     module.exit_json(changed=False, rows=rows)
