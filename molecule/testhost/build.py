@@ -82,8 +82,11 @@ def _root_tar(image: TestHostImage, console: Console) -> Path:
             "--customize-hook=rm -f $1/etc/apt/sources.list $1/etc/apt/sources.list.d/*",
             # As the installer leaves a host: its own sources file is there, naming nothing that answers.
             "--customize-hook=printf '# the host own sources: none\\n' > $1/etc/apt/sources.list",
-            # Each host makes its own when it starts.
+            # Each host makes its own when it starts: the machine's id, and its SSH keys.
             "--customize-hook=rm -f $1/etc/machine-id $1/etc/ssh/ssh_host_*; touch $1/etc/machine-id",
+            "--customize-hook=mkdir $1/etc/systemd/system/ssh.service.d",
+            "--customize-hook=printf '[Service]\\nExecStartPre=\\nExecStartPre=/usr/bin/ssh-keygen -A\\n'"
+            " > $1/etc/systemd/system/ssh.service.d/keys.conf",
             # Timers of Debian that would fire during a test, and the console that a container does not have.
             "--customize-hook=chroot $1 systemctl mask apt-daily.timer apt-daily-upgrade.timer getty.target",
             suite,
