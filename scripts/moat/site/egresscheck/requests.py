@@ -45,10 +45,11 @@ class Target:
 
     Attributes:
         address: of the public port, on this host.
-        https_port: the public port.
+        https_port: the public port; 0 where the entrance is on another host: the first gateway is asked instead.
         ca_file: authority of its certificate; ``None`` for the system's.
         key_file: file with a client key, or ``None``.
-        gateways: the site's gateways.
+        gateways: the site's gateways, or those of this host.
+        every_model: the key may use every model: if it is shown none, none is configured.
     """
 
     address: str
@@ -56,6 +57,7 @@ class Target:
     ca_file: Path | None
     key_file: Path | None
     gateways: tuple[Gateway, ...]
+    every_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def first_requests(target: Target) -> list[RequestResult]:
         EgressUnproven: the key's file cannot be used.
     """
     key = read_key(target.key_file)
+    if not target.https_port and not target.gateways:
+        return []  # a host of the store or the counters: requests come from elsewhere
     return _Client(target, key).all()
 
 
@@ -140,6 +144,8 @@ class _Client:
     def __init__(self, target: Target, key: str | None) -> None:
         self._target = target
         self._known = key is not None
+        #: A new site has no model yet: requests are refused, and that is the whole of what a request sets off.
+        self._empty = False
         self._headers = {"Authorization": f"Bearer {key or _WRONG_KEY}", "Content-Type": "application/json"}
 
     def all(self) -> list[RequestResult]:
@@ -150,13 +156,17 @@ class _Client:
         results.append(self._one("stream", answering, self._stream))
         results.append(self._embeddings(models))
         results += [self._at(gateway, answering) for gateway in self._target.gateways]
-        results.append(self._page())
+        if self._target.https_port:
+            results.append(self._page())
         results += [self._metrics(gateway) for gateway in self._target.gateways]
         return results
 
     # --- how ---
 
     def _public(self) -> http.client.HTTPConnection:
+        if not self._target.https_port:
+            first = self._target.gateways[0]
+            return http.client.HTTPConnection(first.address, first.port, timeout=_SECONDS)
         ca = self._target.ca_file
         context = ssl.create_default_context(cafile=str(ca) if ca else None)
         # The certificate names the site; we are on its host and come by an address.
@@ -190,6 +200,9 @@ class _Client:
         )
         if not self._known:
             return ["any"], self._refused("models", answer)
+        if not names and answer.status == 200 and self._target.every_model:
+            self._empty = True
+            return [], RequestResult("models", 200, True, "no model is configured yet")
         if not names:
             return [], RequestResult("models", answer.status, False, answer.note or "the key may use no model")
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -221,6 +234,8 @@ class _Client:
         """Ask every model once: each may have a server of its own. One of them has to answer."""
         if not self._known:
             return self._refused(kind, send(self._public, "any")[0]), None
+        if self._empty:
+            return self._without_models(kind, send(self._public, "any")[0]), None
         notes, answering, status = [], None, 0
         for model in models:
             answer, note = send(self._public, model)
@@ -240,10 +255,21 @@ class _Client:
         answer, note = send(connect or self._public, model or "any")
         if not self._known:
             return self._refused(kind, answer)
+        if self._empty:
+            return self._without_models(kind, answer)
         return RequestResult(kind, answer.status, answer.status == 200, f"{model}: {note}" if model else note)
+
+    def _without_models(self, kind: str, answer: Answer) -> RequestResult:
+        """A model that does not exist is refused by the gateway itself; nobody else is asked."""
+        refused = answer.status in (400, 404, 422)
+        note = "no model is configured yet: refused as it must be" if refused else answer.note
+        return RequestResult(kind, answer.status, refused, note)
 
     def _embeddings(self, models: Sequence[str]) -> RequestResult:
         """What a model without embeddings answers is its own affair: only no answer at all is a failure."""
+        if self._empty:
+            body = {"model": "any", "input": _QUESTION}
+            return self._without_models("embeddings", self._send(self._public, "POST", "/v1/embeddings", body))
         notes, status, answered = [], 0, bool(models)
         for model in models:
             answer = self._send(self._public, "POST", "/v1/embeddings", {"model": model, "input": _QUESTION})

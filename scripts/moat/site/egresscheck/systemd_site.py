@@ -96,8 +96,8 @@ class SystemdSite:
 
     @staticmethod
     def is_here() -> bool:
-        """Whether systemd runs this host and knows a gateway."""
-        return Path("/run/systemd/system").is_dir() and bool(_units(GATEWAYS))
+        """Whether systemd runs this host and a part of a site on it."""
+        return Path("/run/systemd/system").is_dir() and bool(_units(GATEWAYS) or _units(TARGET))
 
     # --- what runs ---
 
@@ -195,28 +195,24 @@ class SystemdSite:
         # nginx sets a gateway aside that was away for a moment; the first request must not meet that.
         deadline = time.monotonic() + _READY_SECONDS
         target = self._target()
-        while time.monotonic() < deadline and target is not None and not systemd_probes.ready(target):
+        while target.https_port and time.monotonic() < deadline and not systemd_probes.ready(target):
             time.sleep(0.5)
 
-    def _target(self) -> Target | None:
-        address, port = entrance()
-        if not port:
-            return None
+    def _target(self) -> Target:
+        units = self.units()
+        address, port = entrance() if any(component_name(u) == "nginx" for u in units) else ("127.0.0.1", 0)
         gateways = []
-        for unit in self.units():
+        for unit in units:
             if m := re.fullmatch(r"moat-gateway@(.+)\.service", unit):
                 where = gateway_address(m[1])
                 if where is not None:
                     gateways.append(Gateway(f"gateway-{m[1]}", *where, Path(f"/run/moat/gateway-{m[1]}/admin.sock")))
         ca = CA_FILE if CA_FILE.exists() else None
-        return Target(address, port, ca, self._key_file, tuple(gateways))
+        return Target(address, port, ca, self._key_file, tuple(gateways), every_model=self._key_file == MASTER_KEY)
 
     def requests(self) -> list[RequestResult]:
-        """Send a first request of every kind through the entrance, and one to each gateway."""
-        target = self._target()
-        if target is None:
-            return [RequestResult("entrance", 0, False, f"no port with TLS in {NGINX_CONF}")]
-        return first_requests(target)
+        """Send a first request of every kind through the entrance, and one to each gateway, as far as they are here."""
+        return first_requests(self._target())
 
     def probes(self) -> list[Probe]:
         """Prove that the rules are in force."""

@@ -237,7 +237,8 @@ def egress(host: Host) -> Part:
     """Collect the verdict of the last ``moat egress verify``; the report itself lies beside."""
     part = Part("egress", "The last proof that nothing leaves")
     folder = host.path(host.evidence)
-    reports = sorted(folder.glob("*/egress-report.json"), key=lambda p: (p.parent.name, p.stat().st_mtime))
+    found = [*folder.glob("egress/*/egress-report.json"), *folder.glob("*/egress-report.json")]
+    reports = sorted(found, key=lambda p: (p.parent.name, p.stat().st_mtime))
     if not reports:
         part.gap("an egress report", f"there is none below {host.evidence}: `moat egress verify` has not run here")
         return part
