@@ -33,7 +33,7 @@ class Site(BaseHTTPRequestHandler):
     asked: list[tuple[str, str, str]]
     chat_status = 200
     done = True
-    models = ("small",)
+    models: tuple[str, ...] = ("small",)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
