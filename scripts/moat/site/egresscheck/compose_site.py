@@ -75,7 +75,7 @@ class ComposeSite:
         found: list[Endpoint] = []
         allowed: dict[str, None] = {}
         for s in gateways:
-            named, texts = endpoints.of_gateway(s.name, s.pid)
+            named, texts = endpoints.of_gateway(s.name, s.pid, s.id)
             found += named
             allowed.update(dict.fromkeys(texts))
         self._allowed = tuple(allowed)

@@ -47,12 +47,12 @@ _MAX_INCLUDES: Final = 100
 # --- the gateway ---
 
 
-def gateway_argv(pid: int, *, container: bool = True) -> list[str]:
+def gateway_argv(pid: int, container: str = "") -> list[str]:
     """Return the argv that asks a running gateway's own program for its endpoints, where and as what it runs.
 
     Args:
         pid: of the gateway's process.
-        container: it has a file system of its own; a unit of systemd sees the host's, by the same names.
+        container: id of the container that it runs in; empty for a unit of systemd, which has the host's files.
 
     Raises:
         EgressUnproven: the process is no gateway, or has ended.
@@ -69,23 +69,24 @@ def gateway_argv(pid: int, *, container: bool = True) -> list[str]:
             hint="see that the gateways run, and run it again",
         ) from e
     ids = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line[:4] in ("Uid:", "Gid:")}
-    # In its mount namespace its files and secrets have the names that it knows; as its user it sees what it may see.
-    enter = ["nsenter", "--target", str(pid), "--mount", "--net", "--setuid", ids["Uid"], "--setgid", ids["Gid"], "--"]
-    if not container:
+    if container:
+        # The engine gives it the container's user, environment and confinement.
+        enter = ["docker", "exec", container]
+    else:
         user = ["--reuid", ids["Uid"], "--regid", ids["Gid"], "--clear-groups"]
         enter = ["setpriv", *user, "--no-new-privs", "--inh-caps=-all", "--"]
     return [*enter, *words[:serve], "endpoints", "--json", *words[serve + 1 :]]
 
 
-def of_gateway(name: str, pid: int, *, container: bool = True) -> tuple[list[Endpoint], tuple[str, ...]]:
+def of_gateway(name: str, pid: int, container: str = "") -> tuple[list[Endpoint], tuple[str, ...]]:
     """Ask one gateway, and return its endpoints and its allow-list; ``container`` as for :func:`gateway_argv`.
 
     Raises:
         EgressUnproven: it gives no answer.
     """
-    argv = gateway_argv(pid, container=container)
+    argv = gateway_argv(pid, container)
     try:
-        environ = environment_of(pid)
+        environ = None if container else environment_of(pid)
         done = subprocess.run(
             argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_SECONDS, check=False
         )

@@ -126,7 +126,7 @@ class SystemdSite:
     def _asked(self, unit: str, pid: int) -> tuple[list[Endpoint], tuple[str, ...]]:
         """Ask a gateway once: its program takes a second to start."""
         if unit not in self._answers:
-            self._answers[unit] = endpoints.of_gateway(component_name(unit), pid, container=False)
+            self._answers[unit] = endpoints.of_gateway(component_name(unit), pid)
         return self._answers[unit]
 
     def allowed(self) -> tuple[str, ...]:
