@@ -77,6 +77,11 @@ def rawdns():
 def nopacket():
     socket.create_connection(("203.0.113.40", 443), timeout=2)
 
+def flood():
+    for i in range(6000):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            quietly(lambda: s.sendto(b"x", (f"203.0.113.{i % 250 + 1}", 9000 + i % 7)))
+
 def allowed():
     quietly(lambda: socket.create_connection(("203.0.113.60", 8000), timeout=2))
     socket.getaddrinfo("llm.site.example", None)
@@ -193,6 +198,28 @@ class Blind:
         return self._layer.stop()  # type: ignore[return-value]
 
 
+class RootProcess:
+    """A process of root in the control group of a component, as a main process that never drops its rights."""
+
+    def __init__(self, unit: str) -> None:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text("utf-8").splitlines()]
+        root = next(Path(fields[1]) for fields in mounts if fields[2] == "cgroup2")
+        self._group = root / unit
+        self._group.mkdir(exist_ok=True)
+        program = (
+            f"import os, socket, time; open('{self._group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
+            "while True:\n"
+            "    try: socket.create_connection(('203.0.113.70', 443), timeout=0.5)\n"
+            "    except OSError: time.sleep(0.3)\n"
+        )
+        self._process = subprocess.Popen(["/usr/bin/python3", "-I", "-c", program])
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._group.rmdir()
+
+
 class WayOut:
     """A network to the outside: one end of a cable is this host's default route, at the other end we listen."""
 
@@ -232,6 +259,7 @@ def main() -> int:
     parser.add_argument("--allow", action="append", default=[])
     parser.add_argument("--broken", default="")
     parser.add_argument("--prohibit", action="store_true", help="the host refuses the way to 203.0.113.40")
+    parser.add_argument("--root", action="store_true", help="a process of root in the unit of nginx tries to leave")
     parser.add_argument("--way-out", action="store_true", help="the host has a default route")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -242,12 +270,15 @@ def main() -> int:
     before = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     site = StandInSite(args.leak, args.leaker, args.delay, args.broken)
     site.start()
+    root = RootProcess("standin-nginx.service") if args.root else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             options = run.Options(args.quiet, tuple(args.allow), settle_seconds=0.3)
             report = run.verify(site, options, Console(quiet=True), lock=Path(folder) / "lock")
     finally:
         site.end()
+        if root is not None:
+            root.end()
     after = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
     if args.out:
         from moat.site.egresscheck.report import write_report

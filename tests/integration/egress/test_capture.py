@@ -140,6 +140,22 @@ def test_what_the_allow_list_permits_is_no_attempt() -> None:
     assert ("gateway-1", "python3", "tcp 203.0.113.60:8000") in seen(elsewhere, "packets")
 
 
+def test_a_storm_of_packets_is_counted_whole() -> None:
+    report = capture("--leak", "flood", "--quiet", "3")
+    assert report["problems"] == []
+    assert report["proven"] is True
+    # Two datagrams with the same ends are one attempt of two packets.
+    details = [a["detail"] for a in report["attempts"] if a["layer"] == "packets"]
+    assert sum(int(d.split()[0]) if d.split()[1] == "packets," else 1 for d in details) >= 6000
+    assert sum(a["layer"] == "syscalls" for a in report["attempts"]) >= 6000
+
+
+def test_a_process_of_root_is_known_by_its_control_group_and_other_root_processes_are_not_blamed() -> None:
+    report = capture("--root", "--way-out")
+    assert seen(report, "packets") == {("nginx", "python3", "tcp 203.0.113.70:443")}
+    assert seen(report, "syscalls") == {("nginx", "python3", "tcp 203.0.113.70:443")}
+
+
 def test_nothing_leaves_a_host_that_has_a_way_out_neither_leak_nor_control() -> None:
     report = capture("--way-out", "--leak", "callback")
     assert report["outside"] == ["udp 203.0.113.99:9"]  # the test's own: the listener hears what leaves

@@ -10,6 +10,7 @@ judges it by its name; whatever else is sent there arrives at the sinkhole too, 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -51,22 +52,23 @@ def attribute(
     shares: dict[int, list[str]] = {}
     for c in components:
         shares.setdefault(c.uid, []).append(c.name)
-    calls = _by_target(a for a in seen if a.layer == "syscalls")
-    packets = _by_target(a for a in seen if a.layer in ("packets", "bridges"))
+    calls = _Timeline(a for a in seen if a.layer == "syscalls")
+    packets = _Timeline(a for a in seen if a.layer in ("packets", "bridges"))
     asking = [a for a in seen if a.layer == "syscalls" and _address(a) in name_servers and _target(a).endswith(":53")]
+    carried = frozenset(asking)
     result = []
     for a in seen:
         better = a
         if a.layer == "dns" and a.process.startswith("uid "):
             better = _asked_by(a, asking, shares)
         if a.layer in ("packets", "bridges") and a.process.startswith("uid "):
-            call = _nearest(a, calls, shares)
+            call = calls.nearest(a, shares)
             if call is not None:
                 better = replace(a, process=call.process, component=call.component)
         elif a.layer == "syscalls":
-            if a in asking:
+            if a in carried:
                 continue
-            packet = _nearest(a, packets, shares)
+            packet = packets.nearest(a, shares)
             if packet is not None:
                 better = replace(a, destination=packet.destination, detail=a.detail or "by " + _word(a))
         name = (names or {}).get(_address(better))
@@ -89,21 +91,32 @@ def _asked_by(a: Attempt, asking: Sequence[Attempt], shares: Mapping[int, list[s
     return replace(a, process=process, component=component)
 
 
-def _by_target(attempts: Iterable[Attempt]) -> dict[str, list[Attempt]]:
-    found: dict[str, list[Attempt]] = {}
-    for a in attempts:
-        found.setdefault(_target(a), []).append(a)
-    return found
+class _Timeline:
+    """Attempts by where they went, each list in the order of time: a storm of thousands must not take minutes."""
 
+    def __init__(self, attempts: Iterable[Attempt]) -> None:
+        self._lists: dict[str, list[tuple[float, Attempt]]] = {}
+        for a in attempts:
+            self._lists.setdefault(_target(a), []).append((_seconds(a), a))
+        for rows in self._lists.values():
+            rows.sort(key=lambda row: row[0])
 
-def _nearest(a: Attempt, others: Mapping[str, list[Attempt]], shares: Mapping[int, list[str]]) -> Attempt | None:
-    near = [
-        o
-        for o in others.get(_target(a), ())
-        if abs(_seconds(o) - _seconds(a)) <= _NEAR
-        and (o.component == a.component or _alike(o.component, a.component, shares))
-    ]
-    return min(near, key=lambda o: abs(_seconds(o) - _seconds(a)), default=None)
+    def nearest(self, a: Attempt, shares: Mapping[int, list[str]]) -> Attempt | None:
+        """Return the attempt of the same component at the same target that is nearest in time, if any is near."""
+        rows = self._lists.get(_target(a), [])
+        when = _seconds(a)
+        middle = bisect.bisect_left(rows, when, key=lambda row: row[0])
+        best: tuple[float, Attempt] | None = None
+        for step in (-1, 1):
+            at = middle if step == 1 else middle - 1
+            while 0 <= at < len(rows) and abs(rows[at][0] - when) <= _NEAR:
+                distance, other = abs(rows[at][0] - when), rows[at][1]
+                if other.component == a.component or _alike(other.component, a.component, shares):
+                    if best is None or distance < best[0]:
+                        best = (distance, other)
+                    break  # further away in this direction is further away in time
+                at += step
+        return best[1] if best else None
 
 
 def _word(attempt: Attempt) -> str:

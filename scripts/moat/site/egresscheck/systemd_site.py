@@ -182,6 +182,7 @@ class SystemdSite:
         units = list(dict.fromkeys(c.unit for c in components))
         self._restarted_at = time.time()
         self._console.info("+ systemctl restart " + " ".join(units))
+        self._console.info("this takes as long as running streams are given, and a gateway needs to start")
         systemctl("restart", *units, seconds=_RESTART_SECONDS)
         for unit in units:
             state = show(unit, "ActiveState", "SubState", "Result")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,20 @@ def test_a_packet_learns_its_process_from_the_call_and_the_call_its_protocol_fro
         ("packets", "77/python3", "gateway-2", "tcp 203.0.113.5:443"),
         ("syscalls", "77/python3", "gateway-2", "tcp 203.0.113.5:443"),
         ("syscalls", "99/minio", "minio", "connect 203.0.113.5:443"),
+    }
+
+
+def test_a_storm_of_attempts_is_put_together_in_seconds() -> None:
+    seen = []
+    for i in range(20000):
+        when = f"2026-01-01T00:{i // 1000 % 60:02d}:{i // 20 % 60:02d}.{i % 1000:03d}Z"
+        seen.append(Attempt(when, "packets", "uid 990", "gateway-1 or gateway-2", "tcp 203.0.113.5:443"))
+        seen.append(Attempt(when, "syscalls", "7/python3", "gateway-1", "connect 203.0.113.5:443"))
+    started = time.monotonic()
+    found = attribute(seen, GATEWAYS)
+    assert time.monotonic() - started < 20
+    assert {(a.process, a.component, a.destination) for a in found} == {
+        ("7/python3", "gateway-1", "tcp 203.0.113.5:443")
     }
 
 
