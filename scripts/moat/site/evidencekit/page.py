@@ -35,7 +35,7 @@ table{border-collapse:collapse;width:100%;margin:.5rem 0 0;font-size:.85rem}
 th,td{border:1px solid #8a8a8a;padding:.3rem .5rem;text-align:left;vertical-align:top;overflow-wrap:anywhere}
 thead th{background:#eee;overflow-wrap:normal}
 td.no{font-weight:700}td.no::before{content:"\\25B6\\00A0"}
-pre{font:.8rem/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;
+pre{tab-size:2;font:.8rem/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;
 overflow-wrap:anywhere;border:1px solid #8a8a8a;padding:.75rem;margin:.75rem 0 0}
 dl{display:grid;grid-template-columns:minmax(8rem,14rem) 1fr;gap:.25rem 1rem;margin:.75rem 0;font-size:.9rem}
 dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere}
@@ -109,7 +109,10 @@ def _rules(p: Part) -> str:
         [("name", "Counter"), ("comment", "What it counts"), ("packets", "Packets"), ("bytes", "Bytes")],
         p.moment.get("counters", []),
     )
-    text = "\n".join(d.get("rules", []))
+    lines = d.get("rules", [])
+    # The table above has the counters; what is let out stands in the chains.
+    first = next((i for i, line in enumerate(lines) if line.startswith("\tchain ")), 0)
+    text = "\n".join(lines[first:])
     return (
         shown
         + "<h3>Counters</h3>"
