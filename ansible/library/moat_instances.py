@@ -239,8 +239,8 @@ class Node:
         start, restart = [], []
         for n in range(1, self.p["count"] + 1):
             p = properties(n)
-            if p["ActiveState"] not in ("active", "activating", "reloading"):
-                start.append(n)
+            if p["ActiveState"] != "active":
+                start.append(n)  # also one that systemd tries to start again and again
             elif self.running(p) != self.p["release"] or self.release(n) != self.p["release"] or self.stale(n, p):
                 restart.append(n)
             elif str(n) not in self.record or self.record[str(n)]["invocation"] != p["InvocationID"]:
@@ -261,7 +261,7 @@ class Node:
                 self.move(n)
             # None of them serves, so nothing is lost by starting them together.
             run("systemctl", "reset-failed", *map(unit, start), check=False)
-            self.wait("start", start)
+            self.wait(start)
             for n in start:
                 self.must_answer(n, completed=False)
                 self.remember(n)
@@ -272,7 +272,7 @@ class Node:
                 time.sleep(self.p["settle"])
             completed = self.p["probe"] != "models" and self.completes(n)
             self.move(n)
-            self.wait("restart", [n])
+            self.wait([n])
             self.must_answer(n, completed)
             self.remember(n)
             self.restarted.append(n)
@@ -292,14 +292,14 @@ class Node:
             if before:
                 self.moved.append((n, before))
 
-    def wait(self, verb: str, numbers: list[int]) -> None:
+    def wait(self, numbers: list[int]) -> None:
         """Start or restart units and wait until each is ready (they are of Type=notify).
 
         Raises:
             Refused: one is not; its last lines are in the text.
         """
         try:
-            run("systemctl", verb, *map(unit, numbers))
+            run("systemctl", "restart", *map(unit, numbers))
         except Refused as e:
             lines = []
             for n in numbers:
@@ -315,7 +315,7 @@ class Node:
             self.flip(n, before)
             try:
                 run("systemctl", "reset-failed", unit(n), check=False)
-                self.wait("restart", [n])
+                self.wait([n])
                 self.must_answer(n, completed=False)
                 self.remember(n)
                 back.append(n)
