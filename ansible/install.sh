@@ -97,9 +97,9 @@ if [ ! -x "$PYTHON" ] || ! "$PYTHON" -I -c 'import sys; sys.exit(sys.version_inf
 fi
 [ "$(id -u)" = 0 ] || refuse 2 'an installation needs root' "user $(id -un)" 'root' 'run it again as root (su -, or sudo sh install.sh)'
 
-# One at a time; the lock is gone with the process, whatever ends it.
+# One at a time. The lock is gone with the last process that has it, ansible-playbook among them, whatever ends them.
 exec 9>/run/moat-install.lock
-flock -n 9 || refuse 28 'another install.sh is at work on this host' '' 'one at a time' 'wait until it ends, then run it again'
+flock -n 9 || refuse 28 'another install.sh or moat-site is at work on this host' '' 'one at a time' 'wait until it ends, then run it again'
 
 export PYTHONDONTWRITEBYTECODE=1 LC_ALL=C.UTF-8
 unset PYTHONPATH PYTHONHOME ANSIBLE_CONFIG 2>/dev/null || true
@@ -205,7 +205,7 @@ play() {
     done <<END
 $extra
 END
-    ANSIBLE_CONFIG=$bundle/ansible/ansible.cfg "$control/bin/python" -I -B -m ansible playbook "$bundle/ansible/$name.yml" "$@" 9>&- </dev/null
+    ANSIBLE_CONFIG=$bundle/ansible/ansible.cfg "$control/bin/python" -I -B -m ansible playbook "$bundle/ansible/$name.yml" "$@" </dev/null
 }
 say "==> check the hosts of $use_inventory"
 code=0
@@ -324,7 +324,7 @@ $extra
 END
 started=$(date +%s)
 code=0
-MOAT_RELEASE=$release MOAT_LOG_NAME=install /usr/local/sbin/moat-site "$@" 9>&- || code=$?
+MOAT_LOCKED=1 MOAT_RELEASE=$release MOAT_LOG_NAME=install /usr/local/sbin/moat-site "$@" || code=$?
 [ "$code" = 0 ] || exit "$code"
 ln -sfn "releases/$release" "$STORE/.site.$$"
 mv -fT "$STORE/.site.$$" "$STORE/site"
