@@ -78,6 +78,8 @@ def entry(raw: object, where: str) -> dict[str, Any]:
         "protocol": protocol,
         "name": name,
         "comment": comment,
+        # Programs of one host reach each other in any case: such an entry is for the gateway's own list.
+        "loopback": net.is_loopback,
         # A name by content: an entry that moves in the list keeps its counter, and a reader knows what it counts.
         "counter": "moat_out_" + re.sub(r"[.:]", "_", address.replace("/", "n")) + f"_{protocol}_{int(port)}",
     }

@@ -9,12 +9,10 @@ from typing import Any
 
 def line(finding: Mapping[str, Any]) -> str:
     """Return one contradiction, or one refusal of ``moat``, as one sentence."""
-    what = finding.get("what") or finding.get("message") or ""
-    rest = [
-        f"{name}: {finding[key]}" for name, key in (("found", "found"), ("expected", "expected")) if finding.get(key)
-    ]
-    hint = f"; do: {finding['hint']}" if finding.get("hint") else ""
-    return f"{what}; {', '.join(rest)}{hint}."
+    what = str(finding.get("what") or finding.get("message") or "no reason was given")
+    seen = ", ".join(f"{key}: {finding[key]}" for key in ("found", "expected") if finding.get(key))
+    hint = f"do: {finding['hint']}" if finding.get("hint") else ""
+    return "; ".join(part for part in (what, seen, hint) if part) + "."
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -191,7 +191,8 @@ def _configuration(p: Part) -> str:
 
 
 def _plain(p: Part) -> str:
-    return _list([(k.replace("_", " "), v) for k, v in {**p.data, **p.moment}.items()])
+    rows = [(k.replace("_", " "), v) for k, v in {**p.data, **p.moment}.items()]
+    return _list(rows) if rows else "<p>Nothing was collected; the reason is given above.</p>"
 
 
 _SECTIONS: Final = {

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that the module moat_no_egress sees a control connection that rules would cut, and what verify.yml shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "ansible" / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULE = load("library/moat_no_egress.py")
+EVIDENCE = load("filter_plugins/moat_evidence.py")
+
+
+@pytest.mark.parametrize(
+    ("connection", "ports", "words"),
+    [
+        ("198.51.100.7 40000 203.0.113.1 22", [22], ""),
+        ("2001:db8::7 40000 2001:db8::1 22", [22, 2222], ""),
+        ("", [], ""),  # a local run has no control connection
+        ("198.51.100.7 40000 203.0.113.1 2222", [22], "add 2222 to no_egress_ssh_ports"),
+        ("198.51.100.7 40000 203.0.113.1 22", [], "add 22 to no_egress_ssh_ports"),
+        ("127.0.0.1 40000 127.0.0.1 22", [22], "tunnel that this host opened itself"),
+        ("::1 40000 ::1 22", [22], "tunnel that this host opened itself"),
+    ],
+)
+def test_a_control_connection_that_would_be_cut_is_named(
+    connection: str, ports: list[int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", connection)
+    if not connection and MODULE.control_connection() is not None:
+        pytest.skip("these tests run over SSH: a parent process has a connection of its own")
+    found = MODULE.path_problem(ports)
+    assert (words in found) if words else found == "", found
+    if words:
+        assert "; do: " in found
+
+
+def test_the_connection_is_found_through_sudo_which_empties_the_environment() -> None:
+    # The child has no SSH_CONNECTION; its parent, as a shell of sshd would, has one.
+    code = (
+        "import sys, subprocess; argv = [sys.executable, '-c', *sys.argv[1:]];"
+        "subprocess.run(argv, env={'PATH': '/usr/bin:/bin'}, check=True)"
+    )
+    child = (
+        "import sys, importlib.util as u; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s);"
+        "s.loader.exec_module(m); print(m.control_connection())"
+    )
+    path = str(ROOT / "ansible/library/moat_no_egress.py")
+    environment = {**os.environ, "SSH_CONNECTION": "198.51.100.7 40000 203.0.113.1 2222"}
+    done = subprocess.run([sys.executable, "-c", code, child, path], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "('198.51.100.7', 40000, 2222)", done.stderr
+
+
+def test_the_table_marks_what_is_wrong_and_puts_it_last() -> None:
+    rows = [
+        {"host": "a", "what": "one", "ok": False, "found": "bad"},
+        {"host": "a", "what": "longer", "ok": True, "found": "good"},
+    ]
+    assert EVIDENCE.table(rows) == ["ok     longer  good", "WRONG  one     bad"]
+    assert EVIDENCE.table([*rows, {"host": "b", "what": "x", "ok": True, "found": "y"}])[0].startswith(
+        "ok     a  longer"
+    )
+
+
+def test_a_contradiction_becomes_one_sentence_with_what_to_do() -> None:
+    finding = {"what": "a secret is open", "found": "0644", "expected": "0600", "hint": "chmod it"}
+    assert EVIDENCE.line(finding) == "a secret is open; found: 0644, expected: 0600; do: chmod it."
+    assert EVIDENCE.line({"message": "it cannot be written"}) == "it cannot be written."
