@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,12 @@ from typing import Any
 
 import pytest
 from tests.acceptance.stack import Stack, run
+
+from moat.console import Console
+from moat.site.egresscheck.bridges import BridgesLayer, counters
+from moat.site.egresscheck.compose_probes import all_probes
+from moat.site.egresscheck.containers import Deployment
+from moat.site.egresscheck.marks import draw
 
 #: Runs in gateway-1, with sockets of its own: nothing of the gateway's guard is in its way.
 LEAKS = r"""
@@ -47,6 +54,7 @@ connect(socket.AF_INET, "203.0.113.14", 443)
 """
 #: Seconds that the last leak waits. (One of two minutes works the same with --quiet 120, and takes as long.)
 DELAY = 15
+SINK = "moat-test-hole"
 MODEL_LEAK = "import socket; s = socket.socket(); s.settimeout(2); s.connect(('203.0.113.15', 443))"
 
 
@@ -226,6 +234,40 @@ def test_an_endpoint_outside_the_allow_list_is_listed(stack: Stack) -> None:
     endpoints = {e["url"]: e["allowed"] for e in json.loads(done.stdout)["endpoints"]}
     assert endpoints == {"model:8081": True, "203.0.113.20:8000": False}
     assert "s3cret-word" not in done.stdout
+
+
+@pytest.fixture
+def open_firewall(stack: Stack) -> Iterator[None]:
+    """Take the firewall's rules away; the controls' addresses lead into a bridge without ports meanwhile."""
+    run("ip", "link", "add", SINK, "type", "bridge")
+    try:
+        run("ip", "link", "set", SINK, "up")
+        run("ip", "route", "add", "198.51.100.0/24", "dev", SINK)
+        assert stack.moat("firewall", "remove").returncode == 0
+        yield
+    finally:
+        applied = stack.moat("firewall", "apply")
+        run("ip", "link", "delete", SINK)
+        assert applied.returncode == 0, applied.stderr
+
+
+def test_the_probes_notice_an_open_firewall(stack: Stack, open_firewall: None) -> None:
+    """Without a restart: the probes alone, over the table of the capture, which still lets nothing out."""
+    deployment, marks, own = Deployment(stack.folder), draw(), set[tuple[str, int]]()
+    layer = BridgesLayer(deployment.bridges(), [], marks, dict, lambda: True, own)
+    layer.start([])
+    try:
+        probes = {p.name: (p.ok, p.found) for p in all_probes(deployment, Console(quiet=True), marks, own)}
+        left = counters()["left"]
+    finally:
+        layer.stop()
+    assert probes["the rules of `moat firewall` are in force"][0] is False
+    for service, bridge in (("gateway-1", "moat-core"), ("nginx", "moat-edge")):
+        assert probes[f"{service} cannot reach the host's services by {bridge} (tcp)"] == (False, "reached")
+        assert probes[f"{service} cannot reach the host's services by {bridge} (udp)"] == (False, "reached")
+    # moat-edge is no internal network: its packets come as far as the way out, and are dropped there by the capture.
+    ok, found = probes["nothing from nginx leaves by moat-edge, masquerade included"]
+    assert (ok, left >= 2) == (False, True), found
 
 
 def test_nothing_of_the_capture_is_left(leaking: Run, stack: Stack) -> None:
