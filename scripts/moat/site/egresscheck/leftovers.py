@@ -20,6 +20,7 @@ from typing import Final
 
 from moat.console import Console
 from moat.errors import EgressUnproven
+from moat.site.egresscheck.tools import ENVIRONMENT
 
 #: Tables of the packet filter (family inet) that only a running verification has.
 PACKETS_TABLE: Final = "moat_capture"
@@ -45,7 +46,7 @@ exit 0
 
 def _quietly(argv: Sequence[str]) -> tuple[int, str]:
     try:
-        done = subprocess.run(list(argv), capture_output=True, text=True, check=False)
+        done = subprocess.run(list(argv), capture_output=True, text=True, env=ENVIRONMENT, check=False)
     except OSError as e:
         return 127, str(e)
     return done.returncode, done.stdout
@@ -111,6 +112,7 @@ def only_one(console: Console, lock: Path = LOCK) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
             pass_fds=(fd,),
             start_new_session=True,
         )
