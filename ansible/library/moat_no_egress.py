@@ -204,14 +204,18 @@ def present(module: AnsibleModule) -> dict[str, Any]:
     """Compare, and put the rules on trial if anything differs."""
     content, path = module.params["content"], Path(module.params["path"])
     before = read(path)
-    # Listing needs a namespace; where the host refuses one, only the file can be compared.
+    if module.check_mode and not Path(nft()).exists():  # a host on which nothing is installed yet
+        return {"changed": True, "armed": False, "diff": {"before": before, "after": content}}
     expected, why = listing_of(content)
     current = loaded()
     if before == content and current and current == expected and not timer_active():
         return {"changed": False, "armed": False}
     code, _, err = run([nft(), "-c", "-f", "-"], content)
     if code != 0:
-        module.fail_json(msg="nft refuses the rules; nothing was changed", stderr=err, found=err.strip())
+        module.fail_json(
+            msg=f"nft refuses the rules; nothing was changed. found: {err.strip()}; expected: rules that nft accepts; "
+            "do: correct no_egress_extra_output and no_egress_extra_forward"
+        )
     if not expected:
         module.fail_json(msg=f"the rules cannot be tried in a network namespace of their own; found: {why}")
     problem = host_problem(module.params["forward"])
