@@ -32,6 +32,7 @@ PLANTED = {
     "private": "MC4CAQAwBQYDK2VwBCIEIGplanted",
     "rule": "tok-in-a-comment",
 }
+MAPPED = "0000000000000000FFFF00000100007F"  # ::ffff:127.0.0.1
 RULES = "table inet moat_egress {\n\tchain output {\n\t}\n}\n"
 UNIT = "moat-gateway@1.service"
 SHOWN = f"""ActiveState=active
@@ -115,7 +116,11 @@ def host(tmp_path: Path, programs: Programs) -> Host:
         "/proc/net/tcp",
         head + row.format("0100007F:0FA1", "0A", 995, 77) + row.format("0100007F:9999", "01", 0, 1),
     )
-    put(root, "/proc/net/tcp6", head + row.format("0" * 32 + ":20FB", "0A", 33, 78))
+    put(
+        root,
+        "/proc/net/tcp6",
+        head + row.format("0" * 32 + ":20FB", "0A", 33, 78) + row.format(MAPPED + ":0FA2", "0A", 995, 77),
+    )
     put(root, "/proc/net/udp", head)
     put(root, "/proc/net/udp6", head)
     put(root, "/proc/net/unix", "Num       RefCount Protocol Flags    Type St Inode Path\n")
@@ -184,7 +189,8 @@ def test_the_release_is_compared_with_what_the_key_signed(host: Host) -> None:
 def test_sockets_are_read_from_the_kernels_tables_with_their_owner(host: Host) -> None:
     part = collected(host)["sockets"]
     rows = {(r["address"], r["port"]): r for r in part.data["internet"]}
-    assert set(rows) == {("127.0.0.1", 4001), ("::", 8443)}
+    assert set(rows) == {("127.0.0.1", 4001), ("127.0.0.1", 4002), ("::", 8443)}
+    assert rows["127.0.0.1", 4002]["loopback"] is True
     assert rows["127.0.0.1", 4001]["program"] == "moat-gateway"
     assert rows["127.0.0.1", 4001]["loopback"] is True
     assert part.moment["pids"]["tcp 127.0.0.1:4001"] == 4711

@@ -116,7 +116,9 @@ def _address(text: str) -> tuple[str, int]:
     """Read ``0100007F:1F90`` of /proc/net/tcp (each 32 bits in the host's byte order, little endian)."""
     host, _, port = text.partition(":")
     raw = b"".join(bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8))
-    return str(ipaddress.ip_address(raw)), int(port, 16)
+    found = ipaddress.ip_address(raw)
+    # An IPv4 address in IPv6's form is an IPv4 address: ::ffff:127.0.0.1 is the loopback.
+    return str(getattr(found, "ipv4_mapped", None) or found), int(port, 16)
 
 
 @dataclass
