@@ -11,7 +11,7 @@ judges it by its name; whatever else is sent there arrives at the sinkhole too, 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -75,7 +75,7 @@ def attribute(
         if name is not None:
             better = replace(better, detail=_joined(better.detail, f"this address was the sinkhole's answer to {name}"))
         result.append(better)
-    return sorted(result, key=lambda a: (a.when, a.layer, a.destination))
+    return sorted(_same_asker(result, shares), key=lambda a: (a.when, a.layer, a.destination))
 
 
 def _asked_by(a: Attempt, asking: Sequence[Attempt], shares: Mapping[int, list[str]]) -> Attempt:
@@ -89,6 +89,22 @@ def _asked_by(a: Attempt, asking: Sequence[Attempt], shares: Mapping[int, list[s
         return a
     ((process, component),) = near
     return replace(a, process=process, component=component)
+
+
+def _same_asker(attempts: Sequence[Attempt], shares: Mapping[int, list[str]]) -> Iterator[Attempt]:
+    """Give a repeated question (a resolver that got no answer) the process of the one before it, if it is just one."""
+    known: dict[str, set[tuple[str, str]]] = {}
+    for a in attempts:
+        if a.layer == "dns" and not a.process.startswith("uid "):
+            known.setdefault(a.destination, set()).add((a.process, a.component))
+    for a in attempts:
+        askers = known.get(a.destination, set())
+        if a.layer == "dns" and a.process.startswith("uid ") and len(askers) == 1:
+            ((process, component),) = askers
+            if _alike(component, a.component, shares):
+                yield replace(a, process=process, component=component)
+                continue
+        yield a
 
 
 class _Timeline:

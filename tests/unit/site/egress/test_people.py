@@ -194,6 +194,8 @@ def test_a_question_learns_its_process_if_just_one_spoke_to_the_name_server() ->
     (found,) = attribute([question, one, other], GATEWAYS, name_servers=servers)
     assert (found.process, found.component) == ("7/python3", "gateway-2")
     assert attribute([question, one, two], GATEWAYS, name_servers=servers) == [question]
+    again = attempt("dns", "uid 990", "gateway-1 or gateway-2", "name api.example.com (A)", second=9)
+    assert {a.process for a in attribute([question, again, one], GATEWAYS, name_servers=servers)} == {"7/python3"}
 
 
 def test_name_servers(tmp_path: Path) -> None:
