@@ -54,8 +54,8 @@ def attribute(
         shares.setdefault(c.uid, []).append(c.name)
     calls = _Timeline(a for a in seen if a.layer == "syscalls")
     packets = _Timeline(a for a in seen if a.layer in ("packets", "bridges"))
-    asking = [a for a in seen if a.layer == "syscalls" and _address(a) in name_servers and _target(a).endswith(":53")]
-    carried = frozenset(asking)
+    asking = [a for a in seen if a.layer == "syscalls" and _target(a).endswith(":53")]
+    carried = frozenset(a for a in asking if _address(a) in name_servers)
     result = []
     for a in seen:
         better = a

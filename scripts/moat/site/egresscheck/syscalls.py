@@ -383,7 +383,7 @@ class SyscallsLayer:
             component = self._who.by_uid(call.uid)
         if component is None and not self._is_control(call):
             return  # not the site's; kept nowhere: what others on this host do is not our subject
-        self._seen.append(_Seen(call, component, protocol_of(call.pid, call.fd), foreign))
+        self._seen.append(_Seen(call, component, protocol_of(call), foreign))
 
     def _is_control(self, call: Call) -> bool:
         return call.uid in self._who.uids and self._marks.is_control(call.address, call.port)
@@ -487,23 +487,32 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _PIDFD_GETFD: Final = 438
 
 
-def protocol_of(pid: int, fd: int) -> str:
-    """Return ``tcp`` or ``udp`` of another process's socket; empty if it is gone or we may not ask."""
+def protocol_of(call: Call) -> str:
+    """Return ``tcp`` or ``udp``, from the caller's socket; empty if it is gone, not to be seen, or another by now."""
     try:
-        process = os.pidfd_open(pid)
+        process = os.pidfd_open(call.pid)
     except OSError:
         return ""
     try:
-        copy = int(_libc.syscall(_PIDFD_GETFD, process, fd, 0))
+        copy = int(_libc.syscall(_PIDFD_GETFD, process, call.fd, 0))
     finally:
         os.close(process)
     if copy < 0:
         return ""
     try:
-        with socket.socket(fileno=copy) as s:
-            if s.family not in (socket.AF_INET, socket.AF_INET6):
-                return ""
-            return {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}.get(s.type, "")
+        s = socket.socket(fileno=copy)
     except OSError:
         os.close(copy)
         return ""
+    with s:
+        if s.family not in (socket.AF_INET, socket.AF_INET6):
+            return ""
+        protocol = {socket.SOCK_STREAM: "tcp", socket.SOCK_DGRAM: "udp"}.get(s.type, "")
+        # The number may stand for the next socket already: believe only what fits to the call.
+        if call.word != "connect":
+            return protocol if protocol == "udp" else ""
+        try:
+            peer, port = s.getpeername()[:2]
+        except OSError:
+            return protocol if protocol == "tcp" else ""  # refused by now; a datagram socket keeps its peer
+        return protocol if (str(peer).removeprefix("::ffff:"), port) == (call.address, call.port) else ""
