@@ -323,6 +323,21 @@ def test_every_contradiction_is_found_and_named(name: str, host: Host, programs:
     assert findings[0].hint
 
 
+def test_units_are_shown_with_their_score_and_networks_that_stay_the_same(host: Host, programs: Programs) -> None:
+    part = collected(host)["units"]
+    assert [u["unit"] for u in part.data["units"]] == [UNIT]
+    assert part.data["units"][0]["confinement"]["NoNewPrivileges"] == "yes"
+    assert part.moment[UNIT]["exposure"] == "1.2 OK"
+    folder = written(host)
+    assert "1.2 OK" in (folder / "evidence.html").read_text("utf-8")
+    # systemd shows either form of the same list, by whether it has reloaded its units since the start.
+    prints = []
+    for networks in ("127.0.0.0/8 127.0.0.1/32 ::1/128", "127.0.0.0/8 ::1/128"):
+        programs.shown = SHOWN + f"IPAddressAllow={networks}\n"
+        prints.append(evidence.fingerprint([collected(host)["units"]]))
+    assert prints[0] == prints[1]
+
+
 def test_packages_are_compared_with_the_repository(host: Host) -> None:
     part = collected(host)["packages"]
     assert [(r["package"], r["installed"], r["same"]) for r in part.data["packages"]] == [

@@ -122,7 +122,7 @@ def _rules(p: Part) -> str:
 
 
 def _units(p: Part) -> str:
-    rows = p.data.get("units", [])
+    rows = [{**r, "exposure": p.moment.get(r["unit"], {}).get("exposure")} for r in p.data.get("units", [])]
     table = _table(
         [
             ("unit", "Unit"),

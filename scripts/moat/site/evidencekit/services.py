@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import grp
 import hashlib
+import ipaddress
 import pwd
 import stat
 import time
@@ -74,9 +75,11 @@ def units(host: Host) -> Part:
         row: dict[str, Any] = {"unit": name}
         row.update({p: redact(properties.get(p, "")) for p in _STATE})
         if name.endswith(".service"):
-            row["confinement"] = {p: redact(properties[p]) for p in _CAGE if p in properties}
-            row["exposure"] = _exposure(host, part, name)
+            row["confinement"] = {p: _same_words(p, redact(properties[p])) for p in _CAGE if p in properties}
         part.moment[name] = {p: properties.get(p, "") for p in _MOMENT}
+        if name.endswith(".service"):
+            # systemd counts a network that is listed twice until it next starts the unit: the score can move by 0.1.
+            part.moment[name]["exposure"] = _exposure(host, part, name)
         rows.append(row)
         if row["ActiveState"] == "failed":
             part.findings.append(
@@ -88,6 +91,19 @@ def units(host: Host) -> Part:
     if not rows:
         part.gap("the units of Moat", "systemd knows none of them: Moat is not installed as services here")
     return part
+
+
+def _same_words(name: str, value: str) -> str:
+    """Return networks without those that others contain: systemd shows either, by whether it has reloaded its units."""
+    if name not in ("IPAddressAllow", "IPAddressDeny"):
+        return value
+    try:
+        networks = [ipaddress.ip_network(word) for word in value.split()]
+    except ValueError:
+        return value
+    v4 = ipaddress.collapse_addresses(n for n in networks if isinstance(n, ipaddress.IPv4Network))
+    v6 = ipaddress.collapse_addresses(n for n in networks if isinstance(n, ipaddress.IPv6Network))
+    return " ".join(str(n) for n in (*v4, *v6))
 
 
 def _exposure(host: Host, part: Part, unit: str) -> str | None:
