@@ -140,6 +140,22 @@ def test_what_the_allow_list_permits_is_no_attempt() -> None:
     assert ("gateway-1", "python3", "tcp 203.0.113.60:8000") in seen(elsewhere, "packets")
 
 
+@pytest.mark.parametrize(
+    ("rights", "missing"), [("-sys_admin,-bpf,-perfmon", {"syscalls"}), ("-net_admin", {"packets", "dns"})]
+)
+def test_a_layer_that_the_host_does_not_offer_is_named_and_the_others_go_on(rights: str, missing: set[str]) -> None:
+    run = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec setpriv --bounding-set="$0" "$@"', rights]
+    done = subprocess.run(
+        [*run, sys.executable, str(STANDIN), "--leak", "metrics"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    report = json.loads(done.stdout)
+    assert {n["name"] for n in report["layers"] if not n["available"]} == missing
+    assert all("not permitted" in n["why"] for n in report["layers"] if not n["available"])
+    assert report["problems"] == []
+    assert report["proven"] is True
+    assert {a["component"] for a in report["attempts"]} == {"gateway-1"}
+
+
 def test_a_storm_of_packets_is_counted_whole() -> None:
     report = capture("--leak", "flood", "--quiet", "3")
     assert report["problems"] == []
