@@ -49,6 +49,7 @@ class Node:
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=timeout,
             check=False,
         )

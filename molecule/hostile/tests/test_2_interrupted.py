@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that an installation that is killed goes on with the same command: no undoing, no repair by hand.
+
+The whole tree of processes is killed at once (SIGKILL, as when the machine loses power), in the middle of the steps
+where a half-done state is worst: the copy of the release, Debian's package manager, the gateways' environment, and
+the start of the gateways. Then the same command ends well, a second one changes nothing, and a client is answered.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+COMMAND = "exec sh /medium/install.sh --yes --key /test/release.pub >/run/install.log 2>&1"
+#: Text of the log that shows the step has begun, and how many seconds later the kill comes.
+POINTS = [
+    ("stage the release", 0.4),
+    ("Install the packages that are missing", 4.0),
+    ("Make the environment of the release", 5.0),
+    ("Bring the gateways to the release", 2.0),
+]
+
+
+@pytest.mark.parametrize(("step", "after"), POINTS)
+def test_it_is_killed(node, step: str, after: float) -> None:
+    node.ok("systemd-run", "--quiet", "--collect", "--unit=install", "--service-type=exec", "sh", "-c", COMMAND)
+    give_up = time.monotonic() + 400
+    while step not in (log := node.run("cat", "/run/install.log").stdout):
+        assert time.monotonic() < give_up, f"{step!r} did not come:\n{log[-3000:]}"
+        assert node.run("systemctl", "is-active", "install").returncode == 0, (
+            f"it ended before {step!r}:\n{log[-3000:]}"
+        )
+        time.sleep(0.2)
+    time.sleep(after)
+    assert node.run("systemctl", "is-active", "install").returncode == 0, "it ended before it was killed"
+    node.ok("systemctl", "kill", "--signal=KILL", "install")
+    node.run("systemctl", "reset-failed", "install")
+    # The link that says what runs is not there before the end.
+    assert node.run("test", "-e", "/var/lib/moat/installed.json").returncode != 0
+
+
+def test_the_same_command_goes_on_to_the_end(node) -> None:
+    done = node.install()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def test_a_second_run_changes_nothing(node) -> None:
+    done = node.install()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    recaps = re.findall(r"changed=(\d+)", done.stdout)
+    assert recaps
+    assert set(recaps) == {"0"}, done.stdout[-4000:]
+
+
+def test_a_client_is_answered(node, client_key: str) -> None:
+    assert node.chat(client_key).status == 200
+    assert node.chat(client_key, stream=True).done
+
+
+def test_nothing_half_made_is_left(node) -> None:
+    left = node.ok("find", "/opt", "-maxdepth", "3", "(", "-name", ".moat-install.*", "-o", "-name", "*.tmp", "-o", "-name", ".new*", "-o", "-name", "*.new.*", ")")  # fmt: skip
+    assert left == ""
+    assert node.ok("dpkg", "--audit") == ""
+    releases = node.ok("ls", "/opt/moat/releases").split()
+    assert len(releases) == 1, releases
