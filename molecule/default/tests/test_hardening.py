@@ -76,8 +76,8 @@ WRITE = os.O_WRONLY | os.O_CREAT
 @pytest.mark.parametrize(
     "path", ["/usr/x", "/usr/lib/x", "/etc/moat/x", "/opt/moat/x", "/opt/moat/releases/x", "/root/x"]
 )
-def test_the_file_system_is_read_only_for_the_unit(node, unit: str, path: str) -> None:
-    assert _open(node, unit, path, WRITE) in ("Read-only file system", "Permission denied")
+def test_the_file_system_is_read_only_for_the_unit(node, unit: str, folder: str) -> None:
+    assert _open(node, unit, f"{folder}/x", WRITE) in ("Read-only file system", "Permission denied")
 
 
 def test_the_control_the_host_itself_can_write_there(node) -> None:
