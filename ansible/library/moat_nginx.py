@@ -31,6 +31,10 @@ options:
   path: {description: The folder., type: path, default: /etc/moat/nginx}
   drop_in: {description: The drop-in., type: path, default: /etc/systemd/system/nginx.service.d/moat.conf}
   group: {description: Group that may read the files., type: str, default: www-data}
+  close_seconds:
+    description: Seconds before a reload in which each answer closes its client's connection.
+    type: float
+    default: 4
 author: [The Moat project]
 """
 
@@ -48,6 +52,8 @@ UNIT = "nginx.service"
 NGINX = "/usr/sbin/nginx"
 #: Which run of the unit was last given which configuration.
 MARKER = Path("/run/moat-nginx.digest")
+#: While it exists, each answer closes its client's connection.
+CLOSING = Path("/run/moat-nginx/closing")
 TEMPORARY = "TemporaryFileSystem=/var/cache/moat-nginx:mode=1777"
 
 
@@ -150,21 +156,30 @@ def show(name: str) -> str:
     return run("systemctl", "show", UNIT, f"--property={name}", "--value")[1]
 
 
-def reload() -> None:
+def reload(close_seconds: float) -> None:
     """Reload nginx, and see that new workers run: a signal alone says nothing.
+
+    At a reload nginx closes idle connections of clients at once, and a request that is on its way into one is lost. So
+    for some seconds before it each answer closes its connection (compose/nginx/paths.conf): no client that is asking
+    has an idle one left.
 
     Raises:
         Refused: the old workers are still the only ones after ten seconds.
     """
     main_pid = show("MainPID")
     before = workers(main_pid)
-    must("systemctl", "reload", UNIT)
-    deadline = time.monotonic() + 10
-    while not workers(main_pid) - before:
-        if time.monotonic() > deadline:
-            journal = run("journalctl", "-u", UNIT, "-n", "10", "-o", "cat")[1]
-            raise Refused(f"nginx was reloaded and has no new workers after 10 s; it says:\n{journal}")
-        time.sleep(0.05)
+    CLOSING.touch(mode=0o644)
+    try:
+        time.sleep(close_seconds)
+        must("systemctl", "reload", UNIT)
+        deadline = time.monotonic() + 10
+        while not workers(main_pid) - before:
+            if time.monotonic() > deadline:
+                journal = run("journalctl", "-u", UNIT, "-n", "10", "-o", "cat")[1]
+                raise Refused(f"nginx was reloaded and has no new workers after 10 s; it says:\n{journal}")
+            time.sleep(0.05)
+    finally:
+        CLOSING.unlink(missing_ok=True)
 
 
 def latest_change(paths: list[Path]) -> float:
@@ -203,6 +218,7 @@ def main() -> None:
             "path": {"type": "path", "default": "/etc/moat/nginx"},
             "drop_in": {"type": "path", "default": "/etc/systemd/system/nginx.service.d/moat.conf"},
             "group": {"type": "str", "default": "www-data"},
+            "close_seconds": {"type": "float", "default": 4.0},
         },
         supports_check_mode=True,
     )
@@ -231,7 +247,7 @@ def main() -> None:
             drop_in.parent.chmod(0o755)
             must("systemctl", "daemon-reload")
         if action == "reloaded":
-            reload()
+            reload(p["close_seconds"])
         elif action:
             must("systemctl", "restart", UNIT)
         if action:

@@ -346,6 +346,25 @@ def test_a_running_stream_survives_a_reload_that_marks_its_gateway_down(site: Si
     connection.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/images/generations"])
+def test_answers_close_their_connections_while_a_reload_is_near(site: Site, path: str) -> None:
+    one = site.gateway(4002, answer(b'{"a":1}'))
+    assert site.ask(path=path)[1].get("connection") == "keep-alive"  # the control
+    closing = site.folder / "nginx" / "closing"
+    closing.touch(mode=0o644)
+    status, headers, body = site.ask(path=path)
+    assert (status, headers["connection"], body) == (200, "close", b'{"a":1}')
+    assert one.requests[1].startswith(f"POST {path} HTTP/1.1".encode())
+    assert one.requests[1].endswith(BODY)
+    one.handle = break_off
+    status, headers, body = site.ask(path=path)
+    assert (status, headers["connection"], error_code(body)) == (502, "close", "gateway_unreachable")
+    closing.unlink()
+    one.handle = answer(b"{}")
+    time.sleep(5.2)  # it was set aside
+    assert site.ask(path=path)[1].get("connection") == "keep-alive"
+
+
 def test_connections_to_the_gateways_are_kept(site: Site) -> None:
     one = site.gateway(4002, answer(b"{}"))
     for _ in range(10):
