@@ -73,9 +73,7 @@ WRITE = os.O_WRONLY | os.O_CREAT
 
 
 @pytest.mark.parametrize("unit", [*SERVICES, "nginx.service"])
-@pytest.mark.parametrize(
-    "path", ["/usr/x", "/usr/lib/x", "/etc/moat/x", "/opt/moat/x", "/opt/moat/releases/x", "/root/x"]
-)
+@pytest.mark.parametrize("folder", ["/usr", "/usr/lib", "/etc/moat", "/opt/moat", "/opt/moat/releases", "/root"])
 def test_the_file_system_is_read_only_for_the_unit(node, unit: str, folder: str) -> None:
     assert _open(node, unit, f"{folder}/x", WRITE) in ("Read-only file system", "Permission denied")
 
