@@ -70,12 +70,14 @@ def _user_of(node, unit: str) -> int:
 
 
 WRITE = os.O_WRONLY | os.O_CREAT
+#: The last one: the folder itself is not there for the unit.
+REFUSED = ("Read-only file system", "Permission denied", "No such file or directory")
 
 
 @pytest.mark.parametrize("unit", [*SERVICES, "nginx.service"])
 @pytest.mark.parametrize("folder", ["/usr", "/usr/lib", "/etc/moat", "/opt/moat", "/opt/moat/releases", "/root"])
 def test_the_file_system_is_read_only_for_the_unit(node, unit: str, folder: str) -> None:
-    assert _open(node, unit, f"{folder}/x", WRITE) in ("Read-only file system", "Permission denied")
+    assert _open(node, unit, f"{folder}/x", WRITE) in REFUSED
 
 
 def test_the_control_the_host_itself_can_write_there(node) -> None:
