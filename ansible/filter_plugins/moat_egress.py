@@ -78,7 +78,6 @@ def entry(raw: object, where: str) -> dict[str, Any]:
         "protocol": protocol,
         "name": name,
         "comment": comment,
-        # Programs of one host reach each other in any case: such an entry is for the gateway's own list.
         "loopback": net.is_loopback,
         # A name by content: an entry that moves in the list keeps its counter, and a reader knows what it counts.
         "counter": "moat_out_" + re.sub(r"[.:]", "_", address.replace("/", "n")) + f"_{protocol}_{int(port)}",
@@ -165,6 +164,15 @@ def nodes(
     return list(done.values())
 
 
+def joined(listed: Sequence[dict[str, Any]], computed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the packet filter's entries: what the operator lists, and what is computed and not listed too.
+
+    A destination on the loopback is none of the packet filter's: programs of one host reach each other in any case.
+    """
+    known = {one["counter"] for one in listed}
+    return [one for one in listed if not one["loopback"]] + [one for one in computed if one["counter"] not in known]
+
+
 def gateway_allow(value: object) -> list[str]:
     """Return the list for the gateway's ``MOAT_EGRESS_ALLOW``: ``name:port``, ``address:port`` and networks."""
     found: list[str] = []
@@ -191,5 +199,6 @@ class FilterModule:
             "moat_egress_addresses": addresses,
             "moat_egress_ports": ports,
             "moat_egress_nodes": nodes,
+            "moat_egress_joined": joined,
             "moat_egress_gateway_allow": gateway_allow,
         }

@@ -7,6 +7,9 @@ The files are loaded into a network namespace of their own and read back as JSON
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +89,50 @@ def test_the_control_host_among_the_nodes_reaches_the_others_by_ssh() -> None:
     local = {**THREE, "node1": {**THREE["node1"], "ansible_connection": "local"}}
     assert {("192.0.2.12", 22), ("192.0.2.13", 22)} <= set(nodes("node1", local, GROUPS))
     assert ("192.0.2.11", 22) not in nodes("node1", local, GROUPS)
+
+
+def test_what_is_listed_and_computed_is_set_once_and_the_loopback_not_at_all() -> None:
+    listed = FILTERS.entries([{"address": "192.0.2.13", "port": 9000}, {"address": "127.0.0.1", "port": 8081}])
+    computed = FILTERS.nodes("node2", GROUPS, THREE, [4001], [9000], [6379], [22])
+    assert [(o["address"], o["port"], o["comment"]) for o in FILTERS.joined(listed, computed)] == [
+        ("192.0.2.13", 9000, ""), ("192.0.2.11", 6379, "counters on node1"),
+    ]  # fmt: skip
+
+
+def refused_by_ansible(variables: dict[str, Any], tmp_path: Path) -> str:
+    """Let Ansible evaluate the role's variables for the documented inventory of three hosts."""
+    play = tmp_path / "play.yml"
+    play.write_text(
+        json.dumps([{
+            "hosts": "node2", "gather_facts": False,
+            "vars_files": [str(ROLE / "defaults/main.yml"), str(ROLE / "vars/main.yml")],
+            "tasks": [{"ansible.builtin.debug": {"msg": "{{ _no_egress_entries | map(attribute='counter') | list }}"}}],
+        }])
+    )  # fmt: skip
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "LC_ALL": "C.UTF-8", "ANSIBLE_HOME": str(tmp_path / "ansible"),
+        "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(ROLE.parents[1] / "ansible.cfg"), "PYTHONDONTWRITEBYTECODE": "1",
+        "ANSIBLE_FILTER_PLUGINS": str(ROLE.parents[1] / "filter_plugins"),
+    }  # fmt: skip
+    argv = [sys.executable, "-m", "ansible", "playbook", str(play)]
+    argv += ["-i", str(ROLE.parents[1] / "inventory/example-multinode.yml"), "-e", json.dumps(variables)]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_ansible_computes_the_entries_of_the_documented_inventory(tmp_path: Path) -> None:
+    said = refused_by_ansible({"moat_egress_allow": [{"address": "198.51.100.5", "port": 80}]}, tmp_path)
+    assert "failed=0" in said, said
+    for counter in ("198_51_100_5_tcp_80", "192_0_2_13_tcp_9000", "192_0_2_11_tcp_6379"):
+        assert f"moat_out_{counter}" in said
+    assert "tcp_22" not in said
+
+
+def test_the_operator_of_ansible_reads_the_refusal_and_not_a_defect_of_a_template(tmp_path: Path) -> None:
+    said = refused_by_ansible({"moat_egress_allow": [{"address": "10.20.0.5/24", "port": 80}]}, tmp_path)
+    assert "moat_egress_allow[0].address: the network has host bits set; found: '10.20.0.5/24'" in said, said
+    said = refused_by_ansible({"moat_egress_allow": [], "moat_address": "127.0.0.1"}, tmp_path)
+    assert "moat_address of host node3: host node2 cannot reach it under a loopback address" in said, said
 
 
 def test_a_single_host_needs_nothing() -> None:
