@@ -297,7 +297,7 @@ def test_too_little_room_is_said_before_anything_is_written(site: Site, monkeypa
     class Full:
         f_bavail, f_frsize = 10, 4096
 
-    monkeypatch.setattr(store.os, "statvfs", lambda p: Full)
+    monkeypatch.setattr("moat.site.store.os.statvfs", lambda p: Full)
     with pytest.raises(StageFailed) as caught:
         store.check_room(site.tmp, 1000)
     assert caught.value.found == "40.0 KiB free"
@@ -343,7 +343,7 @@ def test_record_links_the_release_and_remembers_the_one_before(site: Site, tmp_p
 
 
 def test_a_packed_release_arrives_the_same(site: Site, tmp_path: Path) -> None:
-    key = ["--key", site.bundle.public, "--state-dir", tmp_path / "state"]
+    key: list[str | Path] = ["--key", site.bundle.public, "--state-dir", tmp_path / "state"]
     tar = tmp_path / "r.tar"
     done = moat("pack", site.bundle.path, tar, "--json", *key)
     assert json.loads(done.stdout)["bytes"] == tar.stat().st_size
@@ -367,7 +367,7 @@ def test_a_packed_release_arrives_the_same(site: Site, tmp_path: Path) -> None:
 
 
 def test_a_tar_with_too_few_parts_says_which(site: Site, tmp_path: Path) -> None:
-    key = ["--key", site.bundle.public, "--state-dir", tmp_path / "state"]
+    key: list[str | Path] = ["--key", site.bundle.public, "--state-dir", tmp_path / "state"]
     tar = tmp_path / "r.tar"
     moat("pack", site.bundle.path, tar, "--parts", "debs", *key)
     result = site.run(tar)
@@ -382,7 +382,7 @@ def test_every_flipped_byte_of_a_tar_is_refused_or_harmless(site: Site, tmp_path
     import random
 
     small = make_bundle(tmp_path / "small", tmp_path / "keys", {"README.txt": b"a" * 700, "debs/x.deb": b"b" * 300})
-    key = ["--key", small.public, "--state-dir", tmp_path / "state"]
+    key: list[str | Path] = ["--key", small.public, "--state-dir", tmp_path / "state"]
     tar = tmp_path / "r.tar"
     moat("pack", small.path, tar, "--parts", "debs", *key)
     # moat.pyz is large and of no interest here: in-process, with the bytes around the small files.
