@@ -22,7 +22,9 @@ _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 
 
 def _refuse(where: str, what: str, found: object, expected: str) -> AnsibleFilterError:
-    return AnsibleFilterError(f"{where}: {what}; found: {found!r}; expected: {expected}")
+    return AnsibleFilterError(
+        f"{where}: {what}; found: {found!r}; expected: {expected}; do: correct it in vars.yml or the inventory"
+    )
 
 
 def network(value: object, where: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
@@ -35,8 +37,8 @@ def network(value: object, where: str) -> ipaddress.IPv4Network | ipaddress.IPv6
     except ValueError as e:
         if "host bits" in str(e):
             right = ipaddress.ip_network(value, strict=False)
-            raise _refuse(where, "the network has host bits set", value, f"{right}, or the single address") from e
-        raise _refuse(where, "not an address", value, expected) from e
+            raise _refuse(where, "the network has host bits set", value, f"{right}, or the single address") from None
+        raise _refuse(where, "not an address", value, expected) from None
     if found.prefixlen == 0:
         raise _refuse(where, "the whole address space is no allow-list", value, "the site's own servers or networks")
     return found
