@@ -31,7 +31,7 @@ SITE_COMMANDS = (
     "stage",
     "pack",
     "program",
-    "aptsign",
+    "apt-sign",
     "egress",
     "evidence",
 )
@@ -45,11 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for room, names in (("site", SITE_COMMANDS), ("build", BUILD_COMMANDS)):
         for name in names:
+            path = f"moat.{room}.{name.replace('-', '_')}"
             try:
-                module = importlib.import_module(f"moat.{room}.{name}")
+                module = importlib.import_module(path)
             except ModuleNotFoundError as e:
                 # In moat.pyz the build half is absent; a test holds both lists against the modules.
-                if e.name in ("moat.build", f"moat.{room}.{name}"):
+                if e.name in ("moat.build", path):
                     continue
                 if room == "site" or (e.name or "").startswith("moat"):
                     raise

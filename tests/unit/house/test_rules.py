@@ -152,7 +152,8 @@ def test_every_command_of_the_table_exists() -> None:
 
     for room, names in (("site", SITE_COMMANDS), ("build", BUILD_COMMANDS)):
         for name in names:
-            assert (ROOT / "scripts/moat" / room / f"{name}.py").is_file(), f"moat {name} has no module"
+            module = ROOT / "scripts/moat" / room / f"{name.replace('-', '_')}.py"
+            assert module.is_file(), f"moat {name} has no module"
 
 
 # --- code ---

@@ -22,7 +22,7 @@ from tests.unit.site.bundles import run_moat
 
 from moat import ed25519
 from moat.errors import ChangedFile, StageFailed
-from moat.site import aptsign
+from moat.site import apt_sign
 from moat.site.openpgp import Key, SigningKey, is_signed
 
 GPGV = shutil.which("gpgv")
@@ -184,26 +184,26 @@ def test_the_repository_is_made_signed_and_left_alone_afterwards(tmp_path: Path)
 
 def test_a_changed_signature_is_made_again(tmp_path: Path) -> None:
     apt = repository(tmp_path / "apt")
-    text = aptsign.check_index(apt)
-    assert aptsign.sign(apt, text) is True
-    assert aptsign.sign(apt, text) is False
+    text = apt_sign.check_index(apt)
+    assert apt_sign.sign(apt, text) is True
+    assert apt_sign.sign(apt, text) is False
     data = (apt / "InRelease").read_bytes()
     (apt / "InRelease").write_bytes(data.replace(b"trixie", b"trixi3"))
-    assert aptsign.sign(apt, text) is True
+    assert apt_sign.sign(apt, text) is True
     (apt / "moat.gpg").unlink()
-    assert aptsign.sign(apt, text) is True
+    assert apt_sign.sign(apt, text) is True
 
 
 def test_what_cannot_be_signed_is_named(tmp_path: Path) -> None:
     apt = repository(tmp_path / "apt")
     (apt / "Packages").write_bytes(b"Package: other\n")
     with pytest.raises(ChangedFile, match="not the index"):
-        aptsign.check_index(apt)
+        apt_sign.check_index(apt)
     done = run_moat("apt-sign", str(tmp_path / "nowhere"), "--debs", str(tmp_path), "--json")
     assert json.loads(done.stdout)["problems"][0]["kind"] == "missing"
     with pytest.raises(StageFailed, match="clock") as caught:
-        aptsign.sign(apt, release(b"x"), now=1_600_000_000)
+        apt_sign.sign(apt, release(b"x"), now=1_600_000_000)
     assert caught.value.found == "2020-09-13 12:26 UTC"
     no_date: Any = release(b"x").replace("Date:", "Dote:")
     with pytest.raises(ChangedFile, match="no date"):
-        aptsign.sign(apt, no_date)
+        apt_sign.sign(apt, no_date)
