@@ -23,6 +23,7 @@ usage: sh install.sh [options]
   --vars FILE         your variables (YAML); kept in /etc/moat/site/vars.yml from then on
   -e NAME=VALUE       one variable for this run only; may be repeated
   --playbook NAME     run this playbook instead of site.yml, or of upgrade.yml where another release runs
+  --allow-older       accept a bundle that is older than the release that is installed, on purpose
   --yes               do not ask before phase 2
   --help              this text
 
@@ -41,7 +42,7 @@ refuse() {
 }
 wrong() { refuse 2 "$1" '' '' 'sh install.sh --help'; }
 
-check='' yes='' inventory='' vars='' playbook='' keys='' extra=''
+check='' yes='' older='' inventory='' vars='' playbook='' keys='' extra=''
 # Values may hold blanks; they are kept one a line, and a line end in one is refused.
 one_line() {
     case $2 in
@@ -54,6 +55,8 @@ while [ $# -gt 0 ]; do
     case $1 in
     --check) check=1 ;;
     --yes) yes=1 ;;
+    --allow-older) older=--allow-older extra="${extra}bundle_allow_older=true
+" ;;
     --help | -h)
         usage
         exit 0
@@ -133,7 +136,7 @@ END
 }
 say "==> verify the bundle with $tool"
 code=0
-run_keyed "$PYTHON" -I "$tool" verify "$bundle" --target "$target" --json >"$work/verify.json" || code=$?
+run_keyed "$PYTHON" -I "$tool" verify "$bundle" --target "$target" ${older:+"$older"} --json >"$work/verify.json" || code=$?
 if [ "$code" != 0 ]; then
     if [ "$code" = 4 ] && [ -z "$keys" ]; then
         cat >&2 <<END
@@ -285,7 +288,7 @@ fi
 
 say "==> stage the release in $STORE/releases/$release"
 code=0
-"$PYTHON" -I "$bundle/moat.pyz" stage "$bundle" --store "$STORE" || code=$?
+"$PYTHON" -I "$bundle/moat.pyz" stage "$bundle" --store "$STORE" ${older:+"$older"} || code=$?
 [ "$code" = 0 ] || exit "$code"
 
 if [ "$control" = "$work/control" ]; then
