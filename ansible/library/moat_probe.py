@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +162,13 @@ def main() -> None:
 
     ask("release", lambda: release(p["store"]))
     for one in p["units"]:
-        ask(f"unit {one}", lambda one=one: unit(one))
+        ask(f"unit {one}", partial(unit, one))
     for one in p["ports"]:
-        ask(f"port {one}", lambda one=one: port(one))
+        ask(f"port {one}", partial(port, one))
     for one in p["tls"]:
-        ask(f"certificate at {one}", lambda one=one: certificate(one, host_port(one)[0], p["ca"], p["days"]))
+        ask(f"certificate at {one}", partial(certificate, one, host_port(one)[0], p["ca"], p["days"]))
     for one in p["gateways"]:
-        ask(f"gateway {one}", lambda one=one: ready(one))
+        ask(f"gateway {one}", partial(ready, one))
     if p["entrance"]:
         where, name = p["entrance"], p["server_name"] or host_port(p["entrance"])[0]
         ask(f"entrance, certificate of {name}", lambda: certificate(where, name, p["ca"], p["days"]))

@@ -351,6 +351,7 @@ def test_the_same_host_gives_no_second_collection_until_something_changes(host: 
     assert changed
     later = replace(host, now=host.now + 3600)
     put(host.root, "/proc/uptime", "3700.0 200.0\n")
+    (host.root / "opt/moat/site").symlink_to("releases/0.1.0-abc")  # set by install.sh after its playbook
     assert evidence.write(later, list(collected(later).values()), only_if_changed=True) == (first, False)
     put(host.root, "/etc/moat/nginx/nginx.conf", "events { }\n")
     second, changed = evidence.write(later, list(collected(later).values()), only_if_changed=True)

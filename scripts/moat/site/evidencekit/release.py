@@ -35,7 +35,10 @@ def _links(host: Host) -> dict[str, str]:
 def release(host: Host, console: Console) -> Part:
     """Collect what the release store holds and whether it is what the release key signed."""
     part = Part("release", "What was installed")
-    part.data["links"] = _links(host)
+    links = _links(host)
+    # install.sh sets this one when its playbook has ended: it says what the control host brought last, not what runs.
+    part.moment["site_link"] = links.pop("site", None)
+    part.data["links"] = links
     try:
         installed = read_installed(host.path(host.state))
         part.data["recorded"] = vars(installed) if installed else None
