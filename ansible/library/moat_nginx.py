@@ -35,6 +35,10 @@ options:
     description: Seconds before a reload in which each answer closes its client's connection.
     type: float
     default: 4
+  restart:
+    description: Restart nginx if its drop-in changed; that closes its ports until the last stream has ended.
+    type: bool
+    default: false
 author: [The Moat project]
 """
 
@@ -187,21 +191,23 @@ def latest_change(paths: list[Path]) -> float:
     return max((p.stat().st_ctime for p in paths if p.exists()), default=0.0)
 
 
-def needed(replaced: list[str], root: Path, files: Mapping[str, str], drop_in: Path, unit_differs: bool) -> str:
+def started_at() -> float:
+    """Return when nginx was started, in seconds since 1970."""
+    since_boot = int(show("ExecMainStartTimestampMonotonic") or 0) / 1e6
+    return time.time() - (time.clock_gettime(time.CLOCK_MONOTONIC) - since_boot)
+
+
+def needed(replaced: list[str], root: Path, files: Mapping[str, str], ours: bool, restart: bool) -> str:
     """Return what nginx needs in order to run with what is wanted: started, restarted, reloaded, or nothing at all."""
     if show("ActiveState") not in ("active", "reloading"):
         return "started"
-    if unit_differs:
+    if restart or not ours:
         return "restarted"
     known = MARKER.read_text("ascii").split() if MARKER.exists() else ["", ""]
     if known[0] == show("InvocationID"):
         return "reloaded" if replaced or known[1] != digest(files) else ""
     # Somebody else started it (a reboot, Restart=): it has read what was there then.
-    since_boot = int(show("ExecMainStartTimestampMonotonic") or 0) / 1e6
-    started = time.time() - (time.clock_gettime(time.CLOCK_MONOTONIC) - since_boot)
-    if latest_change([drop_in]) > started:
-        return "restarted"
-    return "reloaded" if replaced or latest_change([root / name for name in files]) > started else ""
+    return "reloaded" if replaced or latest_change([root / name for name in files]) > started_at() else ""
 
 
 def digest(files: Mapping[str, str]) -> str:
@@ -219,6 +225,7 @@ def main() -> None:
             "drop_in": {"type": "path", "default": "/etc/systemd/system/nginx.service.d/moat.conf"},
             "group": {"type": "str", "default": "www-data"},
             "close_seconds": {"type": "float", "default": 4.0},
+            "restart": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -228,11 +235,16 @@ def main() -> None:
         gid = grp.getgrnam(p["group"]).gr_gid
         replaced = differing(root, files, gid)
         unit_differs = not drop_in.exists() or drop_in.read_text("utf-8") != p["unit_file"]
-        action = needed(replaced, root, files, drop_in, unit_differs)
+        # Stopping nginx closes its ports until the last stream has ended, so a changed drop-in waits for the next
+        # start, unless a restart is asked for, or what runs is still Debian's own nginx.
+        pending = unit_differs or latest_change([drop_in]) > started_at()
+        action = needed(replaced, root, files, drop_in.exists(), p["restart"] and pending)
         enabled = show("UnitFileState") == "enabled"
         if module.check_mode:
             module.exit_json(
-                changed=bool(replaced or action or not enabled), action=action or "nothing", replaced=replaced
+                changed=bool(replaced or action or unit_differs or not enabled),
+                action=action or "nothing",
+                replaced=replaced,
             )
         if replaced:
             test(root, files, gid, p["group"])
@@ -246,6 +258,11 @@ def main() -> None:
             write(drop_in, p["unit_file"], 0, 0o644)
             drop_in.parent.chmod(0o755)
             must("systemctl", "daemon-reload")
+        if pending and action in ("", "reloaded"):
+            module.warn(
+                "The drop-in of nginx.service changed; it counts from the next start of nginx. Do, when it suits: "
+                "moat-site site --tags nginx -e nginx_restart=true"
+            )
         if action == "reloaded":
             reload(p["close_seconds"])
         elif action:
@@ -260,7 +277,9 @@ def main() -> None:
         module.fail_json(msg=f"this host has no group {p['group']}. Do: run the role apt_offline first")
     except OSError as e:
         module.fail_json(msg=f"{e.filename}: {e.strerror}. Do: make room or mend the disk, then run it again")
-    module.exit_json(changed=bool(replaced or action or not enabled), action=action or "nothing", replaced=replaced)
+    module.exit_json(
+        changed=bool(replaced or action or unit_differs or not enabled), action=action or "nothing", replaced=replaced
+    )
 
 
 if __name__ == "__main__":
