@@ -338,7 +338,8 @@ Done in $(($(date +%s) - started)) s: release $release.
 
 What to do next:
   moat-site verify             prove that everything answers, and that nothing leaves the site
-  moat-gateway keys new NAME   make a first API key, on a gateway's host
+  moat-gateway keys new ID --team default --keys $SITE/config/keys.yaml
+                               make a first API key, on a gateway's host; then: moat-site config
   $SITE/config/config.yaml     add your models, then: moat-site config
   moat-site                    everything else: upgrade, rollback, drain, scale, rotate_secrets, uninstall
 
