@@ -90,12 +90,22 @@ class Node:
             found.add((address.strip("[]"), int(port), program))
         return found
 
-    def new_key(self, name: str, team: str = "default") -> str:
-        """Make a client key as an operator does and leave it in a file; return the file's path inside."""
+    def new_key(self, name: str, team: str = "default", *, lasting: bool = False) -> str:
+        """Make a client key as an operator does and leave it in a file; return the file's path inside.
+
+        Args:
+            name: of the key.
+            team: whose it is.
+            lasting: make it in the site's own file, from which every later run takes the keys; without it the key
+                is this node's alone, and gone after the next run.
+        """
         path = f"/run/{name}.key"
+        place = ["--keys", "/etc/moat/site/config/keys.yaml"] if lasting else []
         self.run("rm", "-f", path)
-        self.run("moat-gateway", "keys", "revoke", name)
-        self.ok("moat-gateway", "keys", "new", name, "--team", team, "--out", path)
+        self.run("moat-gateway", "keys", "revoke", *place, name)
+        self.ok("moat-gateway", "keys", "new", *place, name, "--team", team, "--out", path)
+        if lasting:
+            self.ok("moat-site", "config")
         return path
 
     def chat(

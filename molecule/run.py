@@ -38,6 +38,26 @@ def environment() -> dict[str, str]:
     }
 
 
+def releases(env: dict[str, str]) -> None:
+    """Build what the scenario ``upgrade`` goes to: the next release, and one whose gateway does not start.
+
+    Raises:
+        subprocess.CalledProcessError: a build failed; what it said is on stderr.
+    """
+    out = ROOT / ".moat" / "molecule" / "releases"
+    argv = [sys.executable, "-m", "tests.releases", "--out", str(out)]
+    # Without a network, as every build.
+    cut = ["unshare", "--net", "--"]
+    for name, version, more in (("NEXT", "0.9.1", []), ("BROKEN", "0.9.2", ["--broken"])):
+        print(f"+ build release {version} {' '.join(more)}", flush=True)
+        command = [*cut, *argv, "--version", version, *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            print(done.stderr[-3000:], file=sys.stderr)
+            done.check_returncode()
+        env[f"MOAT_TEST_{name}"] = done.stdout.strip().splitlines()[-1]
+
+
 def main(argv: list[str]) -> int:
     """Run the scenarios and print their times; return 0 only if each passed."""
     parser = argparse.ArgumentParser(description="Run Molecule scenarios with networking disabled.")
@@ -52,6 +72,8 @@ def main(argv: list[str]) -> int:
         command += ["--destroy", "never" if args.keep else "always"]
         print(f"\n=== molecule {name} ===", flush=True)
         started = time.monotonic()
+        if name == "upgrade":
+            releases(env)
         if args.keep:  # "never" leaves out the destroy at the start too
             destroy = [*base, "destroy", "--scenario-name", name]
             subprocess.run(destroy, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False)

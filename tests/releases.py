@@ -64,8 +64,23 @@ def set_version(checkout: Path, version: str) -> None:
         raise ValueError(f"the checkout's versions differ: {sorted(found)}")
 
 
-def build(version: str, out: Path, *, profile: str, target: str, key: Path | None, committed: bool = False) -> Path:
-    """Build one release into ``out`` and return the bundle's folder.
+def break_gateway(checkout: Path) -> None:
+    """Make the copy's gateway one that passes every check of a configuration and then does not start."""
+    with (checkout / "images/gateway/moat_gateway/serve.py").open("a", encoding="utf-8") as f:
+        f.write('\nraise SystemExit("planted by tests/releases.py: this release does not start")\n')
+
+
+def build(
+    version: str,
+    out: Path,
+    *,
+    profile: str,
+    target: str,
+    key: Path | None,
+    committed: bool = False,
+    broken: bool = False,
+) -> Path:
+    """Build one release into ``out`` and return the bundle's folder; ``broken``: one whose gateway does not start.
 
     Raises:
         subprocess.CalledProcessError: the build failed; what it said is on stderr.
@@ -76,6 +91,8 @@ def build(version: str, out: Path, *, profile: str, target: str, key: Path | Non
         checkout = Path(scratch)
         copy_tracked(checkout, committed=committed)
         set_version(checkout, version)
+        if broken:
+            break_gateway(checkout)
         argv = [sys.executable, "-m", "moat", "build", "--profile", profile, "--target", target]
         argv += ["-o", str(out.resolve()), *(["--key", str(key)] if key else [])]
         env = {**os.environ, "PYTHONPATH": str(checkout / "scripts"), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -93,11 +110,18 @@ def main() -> int:
     parser.add_argument("--key", type=Path, default=ROOT / ".moat" / "keys" / "moat.key", help="default: the demo's")
     parser.add_argument("--unsigned", action="store_true", help="sign with no key")
     parser.add_argument("--committed", action="store_true", help="take the last commit, not the folder as it is now")
+    parser.add_argument("--broken", action="store_true", help="plant a gateway that does not start")
     args = parser.parse_args()
     key = None if args.unsigned else args.key.resolve()
     try:
         bundle = build(
-            args.version, args.out, profile=args.profile, target=args.target, key=key, committed=args.committed
+            args.version,
+            args.out,
+            profile=args.profile,
+            target=args.target,
+            key=key,
+            committed=args.committed,
+            broken=args.broken,
         )
     except subprocess.CalledProcessError as e:
         return e.returncode

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that a release can be replaced, returned to and refused while clients go on, without one failed request.
+
+One client runs through all of it: completions on new and on kept connections, lists, and open streams of a real
+model. What it counted is looked at last. The times go to .moat/molecule/upgrade-times.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TIMES = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"]) / ".moat" / "molecule" / "upgrade-times.json"
+LOAD = "/run/load.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load(node) -> Iterator[None]:
+    """Clients that start before the first test; the last test stops them and reads what they counted."""
+    key = node.new_key("load", lasting=True)
+    node.chat(key)  # the gateways know the key from here on: a 401 later is a failure
+    client = [
+        "python3",
+        "/test/loadclient.py",
+        "--base-url",
+        "https://localhost:8443",
+        "--ca-file",
+        "/etc/moat/tls/ca.pem",
+    ]
+    client += ["--key-file", key, "--model", "smollm2-135m-instruct", "--rate", "2", "--streams", "2", "--out", LOAD]
+    unit = ["--quiet", "--unit=load", "-p", "StandardOutput=null", "-p", "TimeoutStopSec=300"]
+    node.ok("systemd-run", *unit, *client)
+    yield
+    node.run("systemctl", "stop", "load")
+
+
+def _runs(node) -> str:
+    return node.ok("readlink", "/opt/moat/current").strip().rpartition("/")[2].partition("-")[0]
+
+
+def _note(what: str, seconds: float) -> None:
+    TIMES.parent.mkdir(parents=True, exist_ok=True)
+    times = json.loads(TIMES.read_text("utf-8")) if TIMES.exists() else {}
+    TIMES.write_text(json.dumps({**times, what: round(seconds, 1)}, indent=1) + "\n", "utf-8")
+
+
+def _instances(node) -> set[str]:
+    """Return the versions that the gateways themselves say they are."""
+    documents = [json.loads(node.ok("moat-gateway", f"@{n}", "status", "--json")) for n in ("1", "2")]
+    return {str(d.get("version") or d.get("moat_version")) for d in documents}
+
+
+def test_to_the_next_release(node) -> None:
+    before = _runs(node)
+    started = time.monotonic()
+    node.ok("sh", "/medium-next/install.sh", "--yes", timeout=900)
+    _note("upgrade", time.monotonic() - started)
+    assert before != "0.9.1"
+    assert _runs(node) == "0.9.1"
+    assert _instances(node) == {"0.9.1"}
+
+
+def test_and_back(node) -> None:
+    before = node.ok("readlink", "/opt/moat/previous").strip().rpartition("/")[2].partition("-")[0]
+    started = time.monotonic()
+    node.ok("moat-site", "rollback", timeout=900)
+    seconds = time.monotonic() - started
+    _note("rollback", seconds)
+    assert _runs(node) == before != "0.9.1"
+    assert _instances(node) == {before}
+
+
+def test_a_release_that_does_not_start_is_left_again_by_itself(node) -> None:
+    before = _runs(node)
+    started = time.monotonic()
+    done = node.run("sh", "/medium-broken/install.sh", "--yes", timeout=900)
+    _note("refused upgrade", time.monotonic() - started)
+    said = done.stdout + done.stderr
+    assert done.returncode == 28, said[-4000:]
+    assert "planted by tests/releases.py" in said, "the reason is not shown"
+    assert _runs(node) == before
+    assert _instances(node) == {before}
+    for n in ("1", "2"):
+        assert node.host.service(f"moat-gateway@{n}").is_running
+
+
+def test_no_request_of_the_clients_failed(node) -> None:
+    node.ok("systemctl", "stop", "load")
+    counted = json.loads(node.ok("cat", LOAD))
+    _note("requests", counted["requests"])
+    _note("failed requests", counted["failed"])
+    assert counted["failed"] == 0, json.dumps(counted, indent=1)
+    assert counted["ok"], json.dumps(counted, indent=1)
+    assert counted["requests"] >= 100
+    assert counted["done"]["stream"] >= 5
