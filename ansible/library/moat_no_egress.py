@@ -11,6 +11,7 @@ set that cuts the control connection cannot cut the answer too. The role then ma
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -38,9 +39,12 @@ options:
   ssh_ports: {type: list, elements: int, default: [22], description: Ports of the host's own SSH server.}
   check_ssh: {type: bool, default: true, description: Refuse a control connection that the rules would not spare.}
   forward: {type: bool, default: true, description: The rules close forwarding too.}
+  dhcp: {type: bool, default: false, description: The rules let the host ask for its address by DHCP.}
 """
 
 TABLE = ("inet", "moat_egress")
+#: What ip says for an address without an end.
+FOREVER = 2**32 - 1
 RUN = Path("/run/moat-no-egress")
 PENDING, PREVIOUS = RUN / "pending.nft", RUN / "previous.nft"
 TIMER, APPLY = "moat-no-egress-rollback", "moat-no-egress-apply"
@@ -59,6 +63,11 @@ def run(argv: list[str], stdin: str | None = None) -> tuple[int, str, str]:
 def nft() -> str:
     """Return the path of nft; a module's PATH may lack sbin."""
     return next((p for p in ("/usr/sbin/nft", "/sbin/nft") if Path(p).exists()), "nft")
+
+
+def ip() -> str:
+    """Return the path of ip; a module's PATH may lack sbin."""
+    return next((p for p in ("/usr/bin/ip", "/usr/sbin/ip", "/sbin/ip") if Path(p).exists()), "ip")
 
 
 def loaded() -> str:
@@ -140,7 +149,39 @@ def path_problem(ssh_ports: list[int]) -> str:
     return ""
 
 
-def host_problem(forward: bool) -> str:
+def leased(addresses: Any) -> list[str]:
+    """Return the IPv4 addresses that end by themselves, from what ``ip -j address`` says: they come from DHCP.
+
+    IPv6 addresses of a router's announcement end too; those are renewed by what comes in, which no rule here refuses.
+    """
+    found = []
+    for link in addresses if isinstance(addresses, list) else []:
+        for a in link.get("addr_info", []):
+            lifetime = a.get("valid_life_time", FOREVER)
+            if a.get("family") == "inet" and (a.get("dynamic") or lifetime < FOREVER):
+                found.append(f"{a.get('local')} on {link.get('ifname')}, for another {lifetime} s")
+    return found
+
+
+def lease_problem(dhcp: bool) -> str:
+    """Return why this host would lose its address under these rules, or an empty string."""
+    code, out, _ = run([ip(), "-j", "-4", "address", "show"])
+    if dhcp or code != 0:  # without ip nothing is known; role apt_offline installs it before the rules are set
+        return ""
+    try:
+        found = leased(json.loads(out or "[]"))
+    except ValueError:
+        return ""
+    if not found:
+        return ""
+    return (
+        "this host has its address from DHCP, may not ask for it again under these rules, and would lose it when its "
+        f"time is over; found: {'; '.join(found)}; expected: fixed addresses, or a host that may ask; do: set "
+        "no_egress_dhcp_client: true"
+    )
+
+
+def host_problem(forward: bool, dhcp: bool = False) -> str:
     """Return why this host should not get these rules, or an empty string."""
     bridges = sorted(p.parent.name for p in Path("/sys/class/net").glob("*/bridge"))
     docker = [b for b in bridges if b == "docker0" or b.startswith("br-")]
@@ -150,7 +191,7 @@ def host_problem(forward: bool) -> str:
             f"found: {', '.join(docker) or '/run/docker.sock'}; expected: a host without containers; do: remove the "
             "engine, or set no_egress_forward: false and close the containers' networks with `moat firewall apply`"
         )
-    return ""
+    return lease_problem(dhcp)
 
 
 def stop_timer() -> None:
@@ -218,7 +259,7 @@ def present(module: AnsibleModule) -> dict[str, Any]:
         )
     if not expected:
         module.fail_json(msg=f"the rules cannot be tried in a network namespace of their own; found: {why}")
-    problem = host_problem(module.params["forward"])
+    problem = host_problem(module.params["forward"], module.params["dhcp"])
     if not problem and module.params["check_ssh"]:
         problem = path_problem(module.params["ssh_ports"])
     if problem:
@@ -292,7 +333,7 @@ def absent(module: AnsibleModule) -> dict[str, Any]:
 
 def check(module: AnsibleModule) -> dict[str, Any]:
     """Look whether this host can carry the rules."""
-    problem = host_problem(module.params["forward"])
+    problem = host_problem(module.params["forward"], module.params["dhcp"])
     if not problem and module.params["check_ssh"]:
         problem = path_problem(module.params["ssh_ports"])
     if problem:
@@ -311,6 +352,7 @@ def main() -> None:
             "ssh_ports": {"type": "list", "elements": "int", "default": [22]},
             "check_ssh": {"type": "bool", "default": True},
             "forward": {"type": "bool", "default": True},
+            "dhcp": {"type": "bool", "default": False},
         },
         required_if=[("state", "present", ["content"])],
         supports_check_mode=True,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,45 @@ def test_the_connection_is_found_through_sudo_which_empties_the_environment() ->
     environment = {**os.environ, "SSH_CONNECTION": "198.51.100.7 40000 203.0.113.1 2222"}
     done = subprocess.run([sys.executable, "-c", code, child, path], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "('198.51.100.7', 40000, 2222)", done.stderr
+
+
+LINK = {"family": "inet", "local": "192.0.2.7", "prefixlen": 24, "valid_life_time": 4294967295}
+LEASE = {**LINK, "dynamic": True, "valid_life_time": 3600}
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (LINK, []),
+        (LEASE, ["192.0.2.7 on eth0, for another 3600 s"]),
+        ({**LINK, "valid_life_time": 60}, ["192.0.2.7 on eth0, for another 60 s"]),
+        # A router's announcement, which comes in by itself.
+        ({**LEASE, "family": "inet6", "local": "2001:db8::7"}, []),
+    ],
+)
+def test_an_address_that_ends_by_itself_is_a_lease(address: dict[str, object], words: list[str]) -> None:
+    links = [{"ifname": "lo", "addr_info": [LINK]}, {"ifname": "down"}, {"ifname": "eth0", "addr_info": [address]}]
+    assert MODULE.leased(links) == words
+    assert MODULE.leased(None) == []
+
+
+def test_a_lease_is_refused_unless_the_rules_let_the_host_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.dumps([{"ifname": "eth0", "addr_info": [LEASE]}])
+    monkeypatch.setattr(MODULE, "run", lambda argv: (0, said, "") if argv[1:3] == ["-j", "-4"] else (1, "", ""))
+    found = MODULE.lease_problem(dhcp=False)
+    assert "found: 192.0.2.7 on eth0" in found
+    assert "; do: set no_egress_dhcp_client: true" in found
+    assert MODULE.lease_problem(dhcp=True) == ""
+
+
+def test_the_fields_are_those_of_this_machines_ip() -> None:
+    """``ip -j`` is asked for real: a renamed field would make every lease invisible."""
+    done = subprocess.run(
+        [MODULE.ip(), "-j", "-4", "address", "show", "lo"], capture_output=True, text=True, check=True
+    )
+    info = json.loads(done.stdout)[0]["addr_info"][0]
+    assert info["family"] == "inet"
+    assert info["valid_life_time"] == MODULE.FOREVER
 
 
 def test_the_table_marks_what_is_wrong_and_puts_it_last() -> None:
