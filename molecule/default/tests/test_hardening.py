@@ -99,7 +99,7 @@ def test_the_services_user_cannot_read_the_secrets_as_files(node, unit: str, pat
 
 @pytest.mark.parametrize("unit", SERVICES)
 def test_tmp_and_homes_are_not_the_hosts(node, unit: str) -> None:
-    node.ok("touch", "/tmp/of-the-host", "/root/of-the-host")
-    for path in ("/tmp/of-the-host", "/root/of-the-host"):
+    node.ok("touch", "/tmp/of-the-host", "/home/of-the-host")
+    for path in ("/tmp/of-the-host", "/home/of-the-host"):
         assert _open(node, unit, path, os.O_RDONLY) != "opened"
         assert _open(node, "test-model.service", path, os.O_RDONLY) == "opened"
