@@ -8,6 +8,7 @@ operator beside a rack should not learn of them one by one. What the installatio
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -61,6 +62,8 @@ plan: {description: What would be done on this host., type: list, returned: alwa
 """
 
 DAY = 86400
+#: Written at the end of an installation (`moat stage --record`).
+INSTALLED = Path("/var/lib/moat/installed.json")
 #: More than this between two hosts' clocks, and their logs and expiry times contradict each other.
 MAX_SKEW = 60
 #: What Compose leaves in its deployment folder, which is the store's place, too.
@@ -106,8 +109,11 @@ def system(target: str) -> Iterator[Failure]:
         yield failure("init", f"{name} as process 1", "systemd", "boot the host with systemd, Debian's default")
 
 
-def clock(created: int, max_age_days: int, control: float, now: float) -> Iterator[Failure]:
-    """A wrong clock breaks certificates, the expiry of keys, signatures of packages and the times of the logs."""
+def clock(created: int, max_age_days: int, control: float, now: float, installed: bool) -> Iterator[Failure]:
+    """A wrong clock breaks certificates, the expiry of keys, signatures of packages and the times of the logs.
+
+    How old a bundle may be is asked at the first installation alone: a site that runs for years is not stopped by it.
+    """
     earliest, latest = created - DAY, created + max_age_days * DAY
     if now < earliest:
         yield failure(
@@ -116,7 +122,7 @@ def clock(created: int, max_age_days: int, control: float, now: float) -> Iterat
             f"not before {day(earliest)}, when the inputs of the bundle were locked",
             "the clock is behind: set it with date -u -s 'YYYY-MM-DD HH:MM:SS', then hwclock --systohc",
         )
-    elif now > latest:
+    elif now > latest and not installed:
         yield failure(
             "clock",
             day(now),
@@ -195,6 +201,16 @@ def processes() -> Iterator[tuple[Path, str, str]]:
         yield process, name, next((part for g in groups for part in g.split("/") if part.endswith(".service")), "")
 
 
+def _links(folder: Path) -> Iterator[str]:
+    try:
+        for fd in folder.iterdir():
+            # A busy process closes some while they are read; the others still count.
+            with contextlib.suppress(OSError):
+                yield str(fd.readlink())
+    except OSError:
+        return
+
+
 def holders(inodes: Mapping[str, int]) -> dict[str, str]:
     """Return the unit of each process that holds one of the sockets, by the process's name and number.
 
@@ -204,10 +220,7 @@ def holders(inodes: Mapping[str, int]) -> dict[str, str]:
     found, unseen = {}, dict(inodes)
     everybody = list(processes())
     for process, name, unit in everybody:
-        try:
-            links = {str(fd.readlink()) for fd in (process / "fd").iterdir()}
-        except OSError:
-            continue
+        links = set(_links(process / "fd"))
         held = [i for i in inodes if f"socket:[{i}]" in links]
         if held:
             found[f"{name} (process {process.name})"] = unit
@@ -319,7 +332,7 @@ def main() -> None:
     p = module.params
     failures = [
         *system(p["target"]),
-        *clock(p["created"], p["max_age_days"], p["control_time"], time.time()),
+        *clock(p["created"], p["max_age_days"], p["control_time"], time.time(), INSTALLED.exists()),
         *room(p),
         *ports(p["ports"]),
         *strangers(p["services"], p["store"]),
