@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs Molecule scenarios (all without names), each timed: what ``make molecule`` and the stage of ``make test`` call.
 
-It finds the bundle that the demo made (and makes it where it is missing), and passes on the rest: which base file
-Molecule reads, where its state goes. With ``--keep`` the hosts of a scenario stay, to look around in.
+It brings the demo's bundle up to date with the checkout (``MOAT_TEST_MEDIUM`` and ``MOAT_TEST_PUBLIC_KEY`` name another
+one), and passes on the rest: which base file Molecule reads, where its state goes. With ``--keep`` the hosts of a
+scenario stay, to look around in.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from moat.demo.places import BUNDLE, KEYS, ROOT
+from moat.console import Console
+from moat.demo.places import BUNDLE, HOME, KEYS, ROOT
+from moat.demo.steps import Steps
+from moat.demo.up import build
+from moat.errors import MoatError
 
 SCENARIOS = ("default", "upgrade", "hostile", "multinode", "alternative")
 #: The host that `default` has installed, as the image that `upgrade` starts from.
@@ -66,6 +71,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="all without names")
     parser.add_argument("--keep", action="store_true", help="leave the hosts after the tests")
     args = parser.parse_args(argv)
+    if not os.environ.get("MOAT_TEST_MEDIUM"):
+        try:
+            HOME.mkdir(mode=0o755, exist_ok=True)
+            build(Steps(Console()))
+        except MoatError as e:
+            Console().problem(e)
+            return e.exit_code
     env = environment()
     scenarios = args.scenario or SCENARIOS
     env["MOAT_TEST_SNAPSHOT"] = SNAPSHOT if {"default", "upgrade"} <= set(scenarios) else ""

@@ -52,7 +52,7 @@ def up(console: Console, *, https_port: int, http_port: int) -> None:
     check_ours()
     steps = Steps(console)
     places.HOME.mkdir(mode=0o755, exist_ok=True)
-    _build(steps)
+    build(steps)
     pyz = _verify(steps)
     _install(steps, pyz, https_port, http_port)
     _start(steps)
@@ -66,7 +66,8 @@ def up(console: Console, *, https_port: int, http_port: int) -> None:
     _tell(console, steps, https_port)
 
 
-def _build(steps: Steps) -> None:
+def build(steps: Steps) -> None:
+    """Have a release key, the locked files and a bundle of this checkout."""
     with steps.step("release key", "not used"):
         if (KEYS / "moat.key").exists():
             steps.console.info(f"{KEYS / 'moat.key'} is there")
