@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves what shows only in a further run: how many are kept, what is refused and let pass, flipped switches.
+
+Each run is one of ``moat-site`` with the kept variables; ``-e`` is the control, by which the same run ends otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+
+from .test_1_effects import HTTPS, SEND, V, digest, served, site_rules, table
+
+
+def moat_site(node, *words: str, environment: dict[str, str] | None = None):
+    """Run a playbook as the operator does."""
+    set_ = [f"{k}={v}" for k, v in (environment or {}).items()]
+    return node.run("env", *set_, "/usr/local/sbin/moat-site", *words, timeout=900)
+
+
+def text_of(done) -> str:
+    """Return what a run said, on one line."""
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_host_that_does_not_fit_is_refused_by_the_figures_of_the_variables(node) -> None:
+    assert (V["preflight_bundle_max_age_days"], V["preflight_var_mib"]) == (300, 512)
+    more = ("-e", "preflight_bundle_max_age_days=-1", "-e", "preflight_var_mib=99999999")
+    done = moat_site(node, "site", "--tags", "preflight", *more)
+    assert done.returncode != 0
+    assert "clock" in text_of(done)
+    assert "disk of" in text_of(done)
+
+
+def test_the_control_connection_is_looked_at_only_where_it_is_asked_for(node) -> None:
+    """``no_egress_check_ssh: false``: a connection that the rules would cut is the operator's own affair."""
+    ssh = {"SSH_CONNECTION": "198.51.100.7 40000 192.0.2.9 22"}
+    assert V["no_egress_check_ssh"] is False
+    done = moat_site(node, "site", "--tags", "preflight", environment=ssh)
+    assert done.returncode == 0, text_of(done)[-2000:]
+    done = moat_site(node, "site", "--tags", "preflight", "-e", '{"no_egress_check_ssh": true}', environment=ssh)
+    assert done.returncode != 0
+    assert f"no_egress_ssh_ports {V['no_egress_ssh_ports']}" in text_of(done)
+
+
+def test_an_address_from_dhcp_needs_a_host_that_may_ask(node, planted) -> None:
+    planted(["ip", "link", "add", "moat-t1", "type", "dummy"], ["ip", "link", "delete", "moat-t1"])
+    node.ok("ip", "address", "add", "192.0.2.77/24", "dev", "moat-t1", "valid_lft", "3600", "preferred_lft", "3600")
+    assert V["no_egress_dhcp_client"] is True
+    done = moat_site(node, "site", "--tags", "preflight")
+    assert done.returncode == 0, text_of(done)[-2000:]
+    done = moat_site(node, "site", "--tags", "preflight", "-e", '{"no_egress_dhcp_client": false}')
+    assert done.returncode != 0
+    assert "192.0.2.77 on moat-t1" in text_of(done)
+    assert "do: set no_egress_dhcp_client: true" in text_of(done)
+
+
+def test_older_releases_go_and_an_older_bundle_is_taken(node) -> None:
+    node.ok("sh", "-c", "cd /opt/moat/releases && for n in 1 2 3; do mkdir -p 0.0.$n-00000000000$n/bundle; done")
+    record = json.loads(node.ok("cat", "/var/lib/moat/installed.json"))
+    node.ok("sh", "-c", "cat >/var/lib/moat/installed.json", stdin=json.dumps(record | {"version": "9.9.9"}))
+    done = moat_site(node, "site", "--tags", "bundle", "-e", '{"bundle_allow_older": false}')
+    assert done.returncode != 0
+    assert "9.9.9" in text_of(done)
+    assert V["bundle_allow_older"] is True
+    done = moat_site(node, "site", "--tags", "bundle")
+    assert done.returncode == 0, text_of(done)[-2000:]
+    assert len(node.ok("ls", "/opt/moat/releases").split()) == V["bundle_keep"]
+    assert json.loads(node.ok("cat", "/var/lib/moat/installed.json"))["version"] == record["version"]
+
+
+def test_as_many_versions_of_the_configuration_are_kept_as_asked_for(node) -> None:
+    for name in ("first", "second"):
+        keys = ["moat-gateway", "keys", "new", name, "--team", "default", "--keys", "/etc/moat/site/config/keys.yaml"]
+        node.ok(*keys, "--out", f"/run/{name}.key")
+        done = moat_site(node, "config")
+        assert done.returncode == 0, text_of(done)[-2000:]
+    # The installation brought the first version, so there have been three at least.
+    assert len(node.ok("ls", "/var/lib/moat/config").split()) == V["config_sync_keep"]
+    assert node.chat("/run/second.key", url=HTTPS, max_tokens=2).status == 200
+
+
+def test_the_switches_flipped(node) -> None:
+    """Forwarding closed with the site's own rule in it, evidence collected, another certificate by nginx_tls_cert."""
+    old = "for n in 1 2 3; do d=/var/lib/moat/evidence/2020010${n}T000000Z; mkdir -p $d; echo '{}' >$d/index.json; done"
+    assert V["evidence_enabled"] is False
+    more = {
+        "no_egress_forward": True,
+        "evidence_enabled": True,
+        "nginx_tls_cert": "/srv/operator/second.pem",
+        "nginx_tls_key": "/srv/operator/second.key",
+    }
+    node.ok("sh", "-c", old)
+    done = moat_site(node, "site", "--tags", "nginx,no_egress,evidence", "-e", json.dumps(more))
+    assert done.returncode == 0, text_of(done)[-3000:]
+    assert {i["chain"]["hook"] for i in table(node) if i.get("chain", {}).get("hook")} == {"output", "forward"}
+    assert "9998" in V["no_egress_extra_forward"][0]
+    assert set(site_rules(node)) == {"output", "forward"}
+    second = digest(node.ok("cat", more["nginx_tls_cert"]))
+    assert served(node, "127.0.0.1", V["nginx_https_port"], V["moat_server_name"])["digest"] == second
+    kept = node.ok("find", "/var/lib/moat/evidence", "-mindepth", "1", "-maxdepth", "1", "-name", "2*").split()
+    assert len(kept) == V["evidence_keep"]
+    assert node.ok("python3", "-c", SEND, stdin="[]")
