@@ -100,7 +100,7 @@ def test_a_file_too_many_is_found(node, medium: str) -> None:
 
 def test_a_changed_manifest_has_no_signature(node, medium: str) -> None:
     node.ok("sed", "-i", "s/demo/site/", f"{medium}/manifest.json")
-    _refused(_check(node, medium), 3, "manifest.json")
+    _refused(_check(node, medium), 3, "the signature does not match", "do not use this medium")
 
 
 def test_a_key_on_the_medium_does_not_count(node) -> None:
@@ -108,13 +108,32 @@ def test_a_key_on_the_medium_does_not_count(node) -> None:
     _refused(result, 4, "A key on the medium would prove")
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_copied(node) -> None:
+def _clock(node, shift: str) -> tuple[str, ...]:
+    """Return what to run a program with so that it and all that it starts see another time of day."""
+    library = node.ok("sh", "-c", "ls /usr/lib/*/faketime/libfaketime.so.1").strip()
+    return ("env", f"LD_PRELOAD={library}", f"FAKETIME={shift}", "FAKETIME_DONT_FAKE_MONOTONIC=1")
+
+
+def test_all_that_is_in_the_way_is_shown_at_once(node) -> None:
+    """A full disk, a deployment with containers, a taken port and a clock that is a year ahead, in one answer."""
+    listen = "import socket, time; s = socket.create_server(('127.0.0.1', 8443)); time.sleep(600)"
+    node.ok("systemd-run", "--quiet", "--collect", "--unit=squatter", "--service-type=exec", "python3", "-c", listen)
     # Enough for Ansible's temporary folder, too little for the release.
     node.ok("mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", "/opt")
+    node.ok("sh", "-c", "mkdir /opt/moat && touch /opt/moat/compose.yaml")
     try:
-        _refused(_check(node), 20, "disk of /opt/moat", "free", row="disk of ...")
+        result = _check(node, before=_clock(node, "+370d"))
     finally:
         node.ok("umount", "/opt")
+        node.ok("systemctl", "stop", "squatter")
+    _refused(result, 20, "disk of /opt/moat", "free", row="disk of ...")
+    _refused(result, 20, "other deployment", "/opt/moat/compose.yaml", row="other deployment")
+    _refused(result, 20, "port 8443", "python3", "nginx_https_port", row="port N")
+    _refused(result, 20, "if the clock is ahead", "date -u -s", row="clock")
+
+
+def test_a_clock_that_is_a_year_behind_is_refused(node) -> None:
+    _refused(_check(node, before=_clock(node, "-370d")), 20, "the clock is behind", "date -u -s", row="clock")
 
 
 def test_no_room_even_for_the_tools_is_said(node) -> None:
@@ -125,29 +144,16 @@ def test_no_room_even_for_the_tools_is_said(node) -> None:
         node.ok("umount", "/opt")
 
 
-def test_a_taken_port_is_named_with_the_program_that_holds_it(node) -> None:
-    listen = "import socket, time; s = socket.create_server(('127.0.0.1', 8443)); time.sleep(600)"
-    node.ok("systemd-run", "--quiet", "--collect", "--unit=squatter", "--service-type=exec", "python3", "-c", listen)
-    try:
-        _refused(_check(node), 20, "port 8443", "python3", "nginx_https_port", row="port N")
-    finally:
-        node.ok("systemctl", "stop", "squatter")
-
-
 def test_another_architecture_is_refused(node) -> None:
     # The host's own word for its architecture is dpkg's.
     program = "#!/bin/sh\necho arm64\n"
-    node.ok("sh", "-c", "mkdir /run/arm && cat > /run/arm/dpkg && chmod 755 /run/arm/dpkg", stdin=program)
-    node.ok("mount", "--bind", "/run/arm/dpkg", "/usr/bin/dpkg")
+    node.ok("sh", "-c", "mkdir /tmp/arm && cat > /tmp/arm/dpkg && chmod 755 /tmp/arm/dpkg", stdin=program)
+    node.ok("mount", "--bind", "/tmp/arm/dpkg", "/usr/bin/dpkg")
     try:
         _refused(_check(node), 10, "arm64", "amd64")
     finally:
         node.ok("umount", "/usr/bin/dpkg")
-        node.ok("rm", "-r", "/run/arm")
-
-
-def test_a_kernel_of_another_architecture_is_refused(node) -> None:
-    _refused(_check(node, before=("setarch", "i686")), 20, "i686", "debian13-amd64", row="system")
+        node.ok("rm", "-r", "/tmp/arm")
 
 
 def test_another_release_of_debian_is_refused(node) -> None:
@@ -157,22 +163,6 @@ def test_another_release_of_debian_is_refused(node) -> None:
         _refused(_check(node), 10, "debian12-amd64", "debian13-amd64")
     finally:
         node.ok("umount", "/usr/lib/os-release")
-
-
-@pytest.mark.parametrize(("shift", "word"), [("-370d", "the clock is behind"), ("+370d", "if the clock is ahead")])
-def test_a_clock_that_is_off_by_a_year_is_refused(node, shift: str, word: str) -> None:
-    library = node.ok("sh", "-c", "ls /usr/lib/*/faketime/libfaketime.so.1").strip()
-    clock = ("env", f"LD_PRELOAD={library}", f"FAKETIME={shift}", "FAKETIME_DONT_FAKE_MONOTONIC=1")
-    _refused(_check(node, before=clock), 20, "clock", word, "date -u -s", row="clock")
-
-
-def test_a_deployment_with_containers_is_not_overwritten(node) -> None:
-    node.ok("mount", "-t", "tmpfs", "tmpfs", "/opt")
-    node.ok("sh", "-c", "mkdir /opt/moat && touch /opt/moat/compose.yaml")
-    try:
-        _refused(_check(node), 20, "other deployment", row="other deployment")
-    finally:
-        node.ok("umount", "/opt")
 
 
 def test_a_user_who_is_not_root_is_refused(node) -> None:
