@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q"]
+#: Most of these tests wait for programs that start: two at once, the tests of one file never side by side.
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile"]
 
 
 def _run(argv: list[str], environment: dict[str, str] | None = None) -> bool:
@@ -70,7 +72,7 @@ def lint() -> bool:
 
 def unit() -> bool:
     """Fast tests, no engine."""
-    return _run([*PYTEST, "tests/unit"])
+    return _run([*PYTEST, *SIDE_BY_SIDE, "tests/unit"])
 
 
 def demo() -> bool:
@@ -80,7 +82,7 @@ def demo() -> bool:
 
 def integration() -> bool:
     """Tests with real servers and programs."""
-    return _run([*PYTEST, "tests/integration"])
+    return _run([*PYTEST, *SIDE_BY_SIDE, "tests/integration"])
 
 
 def acceptance() -> bool:
