@@ -32,7 +32,22 @@ def load(node) -> Iterator[None]:
         "--ca-file",
         "/etc/moat/tls/ca.pem",
     ]
-    client += ["--key-file", key, "--model", "smollm2-135m-instruct", "--rate", "2", "--streams", "2", "--out", LOAD]
+    client += [
+        "--key-file",
+        key,
+        "--model",
+        "smollm2-135m-instruct",
+        "--rate",
+        "1",
+        "--streams",
+        "2",
+        "--max-tokens",
+        "60",
+        "--timeout",
+        "240",
+        "--out",
+        LOAD,
+    ]
     unit = ["--quiet", "--unit=load", "-p", "StandardOutput=null", "-p", "TimeoutStopSec=300"]
     node.ok("systemd-run", *unit, *client)
     yield
