@@ -8,8 +8,8 @@ Four kinds of traffic run side by side, because each is lost in its own way when
 ``models``  a GET on a kept connection
 ``stream``  a streamed completion, which must end with ``data: [DONE]``
 
-It runs for ``--seconds``, or until SIGTERM or SIGINT; then running requests finish and one JSON object is printed. It ends
-with 0 only if there was traffic of each kind and nothing failed.
+It runs for ``--seconds``, or until SIGTERM or SIGINT; then running requests finish and one JSON object is printed. It
+ends with 0 only if there was traffic of each kind and nothing failed.
 """
 
 from __future__ import annotations

@@ -351,6 +351,6 @@ def test_another_target_takes_what_is_named_from_the_images_release_if_it_instal
     (lib,) = [e for e in world.debs() if e.name == "libthing"]
     (world.archive.root / "debian-security" / debian.pool_path(lib)[1]).unlink()
     world.archive.publish("archive")
-    with pytest.raises(LockFailed, match="^trying thing_") as refused:
+    with pytest.raises(LockFailed, match=r"^trying thing_") as refused:
         resolve(DebianSet("host", (), (), other.name, ("thing",)))
     assert "libthing" in (refused.value.found or "")
