@@ -49,6 +49,11 @@ options:
     type: list
     elements: str
     default: []
+  look:
+    description: Folders whose entries are returned afterwards. Once the playbooks are gone, no task can look.
+    type: list
+    elements: str
+    default: []
 author: [The Moat project]
 """
 
@@ -59,6 +64,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 removed: {description: What went., type: list, returned: always}
+left: {description: What is in the folders of look after that., type: list, returned: always}
 """
 
 #: Nothing else is ever removed, whatever a variable says.
@@ -119,6 +125,11 @@ def empty(names: Sequence[str], dry: bool) -> list[str]:
             if not dry:
                 path.rmdir()
     return gone
+
+
+def entries(names: Sequence[str]) -> list[str]:
+    """Return what is in folders; one that is not there has nothing."""
+    return sorted(str(p) for name in names if Path(name).is_dir() for p in Path(name).iterdir())
 
 
 def run(*argv: str) -> tuple[int, str]:
@@ -196,6 +207,7 @@ def main() -> None:
             "paths": listed,
             "empty": listed,
             "users": listed,
+            "look": listed,
         },
         supports_check_mode=True,
     )
@@ -213,7 +225,7 @@ def main() -> None:
     except OSError as e:
         module.fail_json(msg=f"{e.filename} cannot be removed: {e.strerror}", changed=bool(gone), removed=gone)
     else:
-        module.exit_json(changed=bool(gone), removed=gone)
+        module.exit_json(changed=bool(gone), removed=gone, left=entries(p["look"]))
 
 
 if __name__ == "__main__":

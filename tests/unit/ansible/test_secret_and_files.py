@@ -190,6 +190,13 @@ def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
     assert (theirs / "file").exists()
 
 
+def test_what_is_left_is_looked_up_by_the_module_itself(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_text("kept")
+    (tmp_path / "b" / "inside").write_text("kept")
+    assert REMOVED.entries([str(tmp_path), str(tmp_path / "gone")]) == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
 def test_a_persons_account_is_never_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(REMOVED.pwd, "getpwnam", lambda name: pwd.struct_passwd((name, "x", 1000, 1000, "", "/", "")))
     with pytest.raises(REMOVED.Refused):
