@@ -209,3 +209,40 @@ def test_what_differs_in_the_folder_of_nginx_is_found(tmp_path: Path) -> None:
     (tmp_path / "left.conf").write_text("from an older release")
     assert nginx.differing(tmp_path, files, ME) == ["left.conf", "tls/key.pem"]
     assert nginx.digest(files) != nginx.digest({**files, "nginx.conf": "c"})
+
+
+LIST, ONE, TWO = (
+    ("GET", "/v1/models", None),
+    ("POST", "/v1/chat/completions", "one"),
+    ("POST", "/v1/chat/completions", "two"),
+)
+
+
+@pytest.mark.parametrize(
+    ("probe", "expected"),
+    [
+        ("models", [LIST]),
+        # The first model of the list, before and after; between them the list itself has to come.
+        ("auto", [LIST, ONE, LIST, LIST, ONE]),
+        ("two", [TWO, LIST, TWO]),
+    ],
+)
+def test_a_restarted_gateway_is_asked_what_the_probe_says(
+    probe: str, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = instances.Node.__new__(instances.Node)
+    node.p, node.started, node.restarted, node.stopped, node.moved = {"probe": probe, "settle": 0}, [], [], [], []
+    seen: list[Any] = []
+
+    def ask(n: int, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        seen.append((method, path, body["model"] if body else None))
+        return 200, {"data": [{"id": "one"}, {"id": "two"}]}
+
+    for name in ("move", "wait", "remember"):
+        monkeypatch.setattr(node, name, lambda *_: None)
+    monkeypatch.setattr(node, "ask", ask)
+    monkeypatch.setattr(instances, "run", lambda *_, **__: "")
+    monkeypatch.setattr(instances, "properties", lambda n: {"UnitFileState": "enabled"})
+    node.apply([], [1], [])
+    assert node.restarted == [1]
+    assert seen == expected
