@@ -59,8 +59,8 @@ def test_a_gateway_that_is_told_to_stop_waits_as_long_as_it_was_told(node) -> No
     assert V["gateway_shutdown_delay"] <= took < V["gateway_shutdown_timeout"]
 
 
-def test_one_more_gateway_other_secrets_and_a_drained_one_lose_no_request(node, client_key: str) -> None:
-    with load(node, client_key):
+def test_one_more_gateway_other_secrets_and_a_drained_one_lose_no_request(node) -> None:
+    with load(node, node.new_key("load", lasting=True)):
         run(node, "scale", "-e", "gateway_count=2")
         assert (V["gateway_listen_address"], V["gateway_base_port"] + 2) in {(a, p) for a, p, _ in node.listeners()}
         run(node, "drain", "-e", "drain_out=2")
