@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -107,11 +106,15 @@ def control_connection() -> tuple[str, int, int] | None:
     return parts[0].partition("%")[0], int(parts[1]), int(parts[3])
 
 
+def route_to(client: str) -> str:
+    """Return what the kernel says of the way to ``client``, or an empty string."""
+    code, out, _ = run([ip(), "-6" if ":" in client else "-4", "route", "get", client])
+    return out if code == 0 else ""
+
+
 def tunnel_towards(client: str) -> str:
     """Return the tunnel device that leads to ``client``, or an empty string."""
-    family = socket.AF_INET6 if ":" in client else socket.AF_INET
-    code, out, _ = run(["ip", "-6" if family == socket.AF_INET6 else "-4", "route", "get", client])
-    found = re.search(r"\bdev (\S+)", out) if code == 0 else None
+    found = re.search(r"\bdev (\S+)", route_to(client))
     if found is None:
         return ""
     device = Path("/sys/class/net") / found[1]
@@ -139,6 +142,12 @@ def path_problem(ssh_ports: list[int]) -> str:
             f"{where}: it arrives through a tunnel that this host opened itself, and the rules would close it; "
             "expected: a connection from another host; do: connect directly, or list the tunnel's far end in "
             "moat_egress_allow and set no_egress_check_ssh: false"
+        )
+    if route_to(client).startswith("local "):
+        # Taken for any other node it would not be allowed to reach the other hosts by SSH, and the run would end there.
+        return (
+            f"{where}, and that is an address of this host: it is the control host itself; found: a connection by SSH; "
+            "expected: ansible_connection: local; do: give it `ansible_connection: local` in the inventory"
         )
     device = tunnel_towards(client)
     if device:

@@ -53,6 +53,24 @@ def test_a_control_connection_that_would_be_cut_is_named(
         assert "; do: " in found
 
 
+def test_the_control_host_among_the_nodes_is_told_to_be_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address that is no loopback's and this host's own, as the kernel says: in a namespace that has one."""
+    code = (
+        "import sys, importlib.util as u; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s);"
+        "s.loader.exec_module(m); print(m.path_problem([22]))"
+    )
+    path = str(ROOT / "ansible/library/moat_no_egress.py")
+    script = 'ip link set lo up && ip addr add 198.51.100.7/32 dev lo && exec "$@"'
+    for client, told in (("198.51.100.7", True), ("198.51.100.8", False)):
+        monkeypatch.setenv("SSH_CONNECTION", f"{client} 40000 198.51.100.7 22")
+        argv = ["unshare", "--net", "sh", "-c", script, "sh", sys.executable, "-c", code, path]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        if done.returncode != 0 and "unshare" in done.stderr:
+            pytest.skip("no network namespace can be made here")
+        assert done.returncode == 0, done.stderr
+        assert ("; do: give it `ansible_connection: local`" in done.stdout) == told, done.stdout
+
+
 def test_the_connection_is_found_through_sudo_which_empties_the_environment() -> None:
     # The child has no SSH_CONNECTION; its parent, as a shell of sshd would, has one.
     code = (
