@@ -87,7 +87,7 @@ def test_units_users_and_groups_are_those_of_before_and_of_debians_packages(remo
     moats = re.compile(r"moat|minio")
     assert [u for u in after["unit_files"] if moats.search(u)] == []
     assert [u for u in after["active"] if moats.search(u)] == []
-    # Reached once since the host has started, by Debian's nginx and by the packet filter; a target is nothing that runs.
+    # Reached once since the host has started, by Debian's nginx and the packet filter; a target is nothing that runs.
     reached = {"network-online.target", "network-pre.target"}
     assert sorted(set(after["active"]) - set(before["active"]) - reached) == []
     assert sorted(set(before["active"]) - set(after["active"])) == []
