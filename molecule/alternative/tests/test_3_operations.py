@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .test_1_effects import HTTPS, V
+from .test_1_effects import HTTPS, V, digest, served, site_rules, table
 from .test_2_changes import moat_site, text_of
 
 RESULT = "/run/load.json"
@@ -73,3 +73,32 @@ def test_one_more_gateway_other_secrets_and_a_drained_one_lose_no_request(node) 
 def test_verify_finds_nothing_wrong(node) -> None:
     done = moat_site(node, "verify")
     assert done.returncode == 0, text_of(done)[-4000:]
+
+
+def test_the_switches_flipped(node) -> None:
+    """Forwarding closed with the site's own rule in it, evidence collected, another certificate by nginx_tls_cert.
+
+    The last of the changes: ``nginx_restart: true`` closes nginx's ports for a moment, and would again on the way back.
+    """
+    old = "for n in 1 2 3; do d=/var/lib/moat/evidence/2020010${n}T000000Z; mkdir -p $d; echo '{}' >$d/index.json; done"
+    assert V["evidence_enabled"] is False
+    more = {
+        "no_egress_forward": True,
+        "evidence_enabled": True,
+        "nginx_tls_cert": "/srv/operator/second.pem",
+        "nginx_tls_key": "/srv/operator/second.key",
+        "nginx_stop_timeout": V["nginx_stop_timeout"] + 1,
+    }
+    node.ok("sh", "-c", old)
+    assert V["nginx_restart"] is True
+    before = node.pid("nginx.service")
+    done = moat_site(node, "site", "--tags", "nginx,no_egress,evidence", "-e", json.dumps(more))
+    assert done.returncode == 0, text_of(done)[-3000:]
+    assert node.pid("nginx.service") != before, "its unit is another, and nginx was not restarted"
+    assert {i["chain"]["hook"] for i in table(node) if i.get("chain", {}).get("hook")} == {"output", "forward"}
+    assert "9998" in V["no_egress_extra_forward"][0]
+    assert set(site_rules(node)) == {"output", "forward"}
+    second = digest(node.ok("cat", more["nginx_tls_cert"]))
+    assert served(node, "127.0.0.1", V["nginx_https_port"], V["moat_server_name"])["digest"] == second
+    kept = node.ok("find", "/var/lib/moat/evidence", "-mindepth", "1", "-maxdepth", "1", "-name", "2*").split()
+    assert len(kept) == V["evidence_keep"]

@@ -23,7 +23,7 @@ LEFT_OUT = {
     "moat_site_dir": "install.sh and moat-site know this place: it is where vars.yml itself lies",
     "moat_trusted_keys_dir": "install.sh knows this place: it pins the key before there are variables",
     "moat_medium": "install.sh and moat-site give it: the copied folder of this scenario, then the release",
-    "nginx_tls_cert": "beside base_tls_certificate one of the two could not be seen: test_2_changes.py flips it",
+    "nginx_tls_cert": "beside base_tls_certificate one of the two could not be seen: test_3_operations.py flips it",
     "nginx_tls_key": "goes with nginx_tls_cert",
     "nginx_members_down": "drain.yml keeps it: test_3_operations.py drains a gateway and brings it back",
     "no_egress_state": "its other value is the removal: test_4_removed.py",
