@@ -39,7 +39,7 @@ wanted=(
     "${docker_packages[@]}" iptables                   # the engine and its packet filter
     mmdebstrap apt-utils debian-archive-keyring gnupg  # root file systems, apt repositories and their signatures
     minisign strace shellcheck iproute2 util-linux     # what the tests compare with, look through and run in
-    nftables openssl libgomp1
+    nftables openssl openssh-client gpgv libgomp1
 )
 missing=()
 for package in "${wanted[@]}"; do
