@@ -21,8 +21,9 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q"]
 #: The scenarios that every run has time for; `make molecule` runs all of them (docs/molecule.md).
 SCENARIOS = ("default", "hostile", "upgrade")
-#: Most of these tests wait for programs that start: two at once, the tests of one file never side by side.
-SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile"]
+#: Most of these tests wait for programs that start: two at once, the tests of one file never side by side. In the order
+#: of the files: sorted by their number of tests, the long builds would come last and alone.
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def _run(argv: list[str], environment: dict[str, str] | None = None) -> bool:
