@@ -24,7 +24,7 @@ def long_stream(stack: Stack, request_id: str) -> tuple[Any, Any, Any]:
         "messages": [{"role": "user", "content": "Write a long story about a river. Do not stop."}],
         "max_tokens": 400,
         "stream": True,
-        "temperature": 1.2,
+        "temperature": 0,  # the same 400 tokens each time; a sampled story may end early
         "stream_options": {"include_usage": True},
     }
     request = client.build_request("POST", "/v1/chat/completions", json=body, headers={"x-request-id": request_id})
