@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+from ansible.plugins.filter.core import to_bool
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +51,7 @@ def render(allow: list[Any] = [], nodes: list[Any] = [], template: str = "no-egr
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701 - rules of a packet filter, not a page
     )
+    environment.filters["bool"] = to_bool
     return environment.get_template(template).render(
         **values,
         _no_egress_ssh_ports=FILTERS.ports(values["no_egress_ssh_ports"], "no_egress_ssh_ports"),

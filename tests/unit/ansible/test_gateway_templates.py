@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.plugins.filter.core import to_bool
 from jinja2 import Environment, StrictUndefined
 
 from moat_gateway import errors, settings
@@ -27,6 +28,7 @@ GATEWAY, NGINX = role("gateway", "defaults"), role("nginx", "defaults")
 
 def render(name: str, template: str, **values: Any) -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False)  # noqa: S701
+    environment.filters["bool"] = to_bool
     environment.filters["basename"] = lambda path: path.rsplit("/", 1)[1]
     environment.filters["moat_egress_gateway_allow"] = lambda entries: [f"{e['address']}:{e['port']}" for e in entries]
     environment.filters["regex_replace"] = lambda text, a, b: re.sub(a, b, text)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves what expressions of the playbooks and roles come to, evaluated by Ansible's own template engine.
+
+Where the entrance is asked, when a drain ends, and that a value which arrives as text (quoted in vars.yml, or given
+with ``-e`` to ansible-playbook itself) counts as the number or truth value that it says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
+
+ANSIBLE = Path(__file__).resolve().parents[3] / "ansible"
+
+
+def load(path: str) -> Any:
+    return yaml.safe_load((ANSIBLE / path).read_text("utf-8"))
+
+
+def task(plays_or_tasks: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return the task of that name from a playbook or a role's list of tasks."""
+    tasks = [t for p in plays_or_tasks for t in p.get("tasks", [p])]
+    (found,) = [t for t in tasks if t.get("name") == name]
+    return found
+
+
+def trusted(value: Any) -> Any:
+    """Mark the strings of a file of the repository as templates, as Ansible's own loader does."""
+    if isinstance(value, dict):
+        return {k: trusted(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [trusted(v) for v in value]
+    return trust_as_template(value) if isinstance(value, str) else value
+
+
+def engine(**variables: Any) -> Templar:
+    return Templar(loader=DataLoader(), variables=variables)
+
+
+def holds(condition: str, **variables: Any) -> bool:
+    return bool(engine(**variables).evaluate_conditional(trust_as_template(condition)))
+
+
+def rendered(template: str, **variables: Any) -> str:
+    text = (ANSIBLE / "roles" / template).read_text("utf-8")
+    return str(engine(**variables).template(trust_as_template(text)))
+
+
+def role(name: str) -> dict[str, Any]:
+    return dict(trusted(load(f"roles/{name}/defaults/main.yml")))
+
+
+# --- verify.yml ---
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({}, "127.0.0.1:8443"),
+        ({"nginx_listen_addresses": ["0.0.0.0", "[::]"]}, "127.0.0.1:8443"),
+        ({"nginx_listen_addresses": ["[::]"], "nginx_https_port": 443}, "[::1]:443"),
+        ({"nginx_listen_addresses": ["192.0.2.80", "127.0.0.1"]}, "192.0.2.80:8443"),
+        ({"nginx_listen_addresses": ["[2001:db8::80]"]}, "[2001:db8::80]:8443"),
+    ],
+    ids=str,
+)
+def test_the_entrance_is_asked_where_nginx_listens(given: dict[str, Any], asked: str) -> None:
+    plays = load("verify.yml")
+    argument = trusted(task(plays, "Ask units, ports, gateways and the entrance")["moat_probe"]["entrance"])
+    variables = {**trusted(plays[0]["vars"]), "group_names": ["moat_edge"], **given}
+    assert engine(**variables).template(argument) == asked
+
+
+# --- drain.yml ---
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout", "ended", "failed"),
+    [
+        (0, '{"in_flight": 0}', True, False),
+        (0, '{"in_flight": 3}', False, False),
+        (15, "", True, False),
+        (12, "", True, True),
+        (1, "Traceback", True, True),
+    ],
+)
+def test_a_drain_waits_for_requests_alone(code: int, stdout: str, ended: bool, failed: bool) -> None:
+    wait = task(load("drain.yml"), "Wait for running requests and streams")
+    status = {"rc": code, "stdout": stdout}
+    assert holds(wait["until"], __drain_status=status) is ended
+    assert holds(wait["failed_when"], __drain_status=status) is failed
+
+
+# --- values that arrive as text ---
+
+
+def test_text_is_compared_as_the_number_that_it_says() -> None:
+    nginx = task(load("roles/nginx/tasks/main.yml"), "Refuse values that cannot work")["ansible.builtin.assert"]["that"]
+    assert not holds(nginx[0], nginx_https_port="8443", nginx_http_port=8443)
+    assert holds(nginx[0], nginx_https_port="8443", nginx_http_port=8080)
+    base = task(load("roles/base/tasks/main.yml"), "Check the variables of the base")["ansible.builtin.assert"]["that"]
+    assert holds(base[1], base_certificate_renew_days="30", base_certificate_days="200")
+    assert not holds(base[1], base_certificate_renew_days="300", base_certificate_days=90)
+    counters = load("roles/valkey/tasks/main.yml")
+    valkey = task(counters, "Check the variables of the counters")["ansible.builtin.assert"]["that"]
+    assert holds(valkey[0], valkey_memory="64")
+    assert not holds(valkey[0], valkey_memory="8")
+
+
+def test_text_is_reckoned_with_as_the_number_that_it_says() -> None:
+    for wait in ("Wait for a control connection", "Wait for a control connection under the new rules"):
+        argument = task(load("roles/no_egress/tasks/confirm.yml"), wait)["ansible.builtin.wait_for_connection"]
+        assert engine(no_egress_rollback_seconds="20").template(trusted(argument["timeout"])) == 80
+    minio = rendered_lines("minio/templates/minio.service.j2", "GOMEMLIMIT", minio_memory_max="1000")
+    assert minio == ["Environment=GOMEMLIMIT=800MiB"]
+    valkey = rendered_lines("valkey/templates/unit.conf.j2", "MemoryMax", valkey_memory="64")
+    assert valkey == ["MemoryMax=128M"]
+
+
+def rendered_lines(template: str, word: str, **variables: Any) -> list[str]:
+    """Render only the lines of a template that hold a word."""
+    text = "\n".join(n for n in (ANSIBLE / "roles" / template).read_text("utf-8").splitlines() if word in n)
+    return str(engine(**variables).template(trust_as_template(text))).splitlines()
+
+
+@pytest.mark.parametrize(("given", "said"), [("false", "no"), (False, "no"), ("true", "yes"), (True, "yes")])
+def test_text_that_says_false_is_false(given: Any, said: str) -> None:
+    name = "gateway/templates/moat-gateway@.service.j2"
+    lines = rendered_lines(name, "MemoryDenyWriteExecute", gateway_memory_deny_write_execute=given)
+    assert lines == [f"MemoryDenyWriteExecute={said}"]
+    for part in ("Collect the evidence if anything has changed", "Name what must not be so"):
+        condition = task(load("roles/evidence/tasks/main.yml"), part)["when"]
+        assert holds(condition, evidence_enabled=given, ansible_check_mode=False) is (said == "yes")
+
+
+@pytest.mark.parametrize("template", ["no-egress.nft.j2", "closed.nft.j2"])
+def test_rules_are_the_same_for_text_and_truth_values(template: str) -> None:
+    lists = ("_no_egress_ssh_ports", "_no_egress_ntp", "_no_egress_dns", "_no_egress_entries")
+    values = {
+        **role("no_egress"),
+        **dict.fromkeys(lists, []),
+        "no_egress_extra_output": [],
+        "no_egress_extra_forward": [],
+    }
+    found = {
+        (given, as_text): rendered(
+            f"no_egress/templates/{template}",
+            **{
+                **values,
+                "no_egress_forward": str(given).lower() if as_text else given,
+                "no_egress_dhcp_client": str(given).lower() if as_text else given,
+            },
+        )
+        for given in (True, False)
+        for as_text in (True, False)
+    }
+    assert found[True, True] == found[True, False]
+    assert found[False, True] == found[False, False]
+    assert found[True, True] != found[False, False]
