@@ -166,6 +166,48 @@ class TlsFailed(GatewayError):
     exit_code, kind = 18, "tls-failed"
 
 
+class BadRevision(GatewayError):
+    """A revision cannot be used: its archive, a hash, a size, a missing object, or a file that does not belong."""
+
+    exit_code, kind = 19, "bad-revision"
+
+
+class BadSignature(GatewayError):
+    """A revision is not signed by a site key that is trusted here."""
+
+    exit_code, kind = 20, "bad-signature"
+
+
+class OlderRevision(GatewayError):
+    """The pointer leads back to a revision that is older than the one in force."""
+
+    exit_code, kind = 21, "older-revision"
+
+
+class PushConflict(GatewayError):
+    """Somebody else pushed a revision at the same time; nothing was changed."""
+
+    exit_code, kind = 22, "push-conflict"
+
+
+class NotConverged(GatewayError):
+    """The revision is pushed, and not every gateway serves it in time (`--wait`)."""
+
+    exit_code, kind = 23, "not-converged"
+
+
+class DryRunFailed(GatewayError):
+    """LiteLLM's router cannot be built from the configuration, or not within the limits of time and memory."""
+
+    exit_code, kind = 24, "dry-run-failed"
+
+
+class BadSiteKey(GatewayError):
+    """A site key is missing, or its file cannot be used."""
+
+    exit_code, kind = 25, "bad-site-key"
+
+
 def all_kinds() -> list[type[GatewayError]]:
     """Return every refusal class, ordered by exit code."""
     return sorted(GatewayError.__subclasses__(), key=lambda c: c.exit_code)

@@ -160,6 +160,71 @@ class Settings:
     store_timeout: float = _setting(
         Kind.SECONDS, 60.0, "How long `store init` waits for the store to answer.", unit="s", minimum=1, maximum=600
     )
+    store_status_bucket: str = _setting(
+        Kind.TEXT, "moat-status", "Bucket (not versioned) in which each node tells what its gateways serve."
+    )
+    sync_dir: str = _setting(
+        Kind.TEXT,
+        "",
+        "Folder of this node in which config-sync keeps verified revisions and from which gateways serve; empty: config and keys are local files.",
+    )
+    reports_dir: str = _setting(
+        Kind.TEXT, "", "Folder of this node in which each gateway tells what it serves; needed with sync_dir."
+    )
+    source_dir: str = _setting(
+        Kind.TEXT, "", "Folder to use as the source of revisions (a USB drive, a share) instead of the object store."
+    )
+    site_keys_dir: Path = _setting(
+        Kind.PATH,
+        Path("/etc/moat/site-keys"),
+        "Folder of the public site keys (*.pub, minisign) that may sign revisions.",
+    )
+    site_key_file: Path = _setting(
+        Kind.PATH,
+        Path("/run/secrets/site_key"),
+        "File with the secret site key (minisign); only where revisions are signed.",
+    )
+    node: str = _setting(Kind.TEXT, "", "Name of this node in `config status`; empty: the host's name.")
+    reload_interval: float = _setting(
+        Kind.SECONDS,
+        1.0,
+        "Within this time a new revision is noticed; the pointer is asked for four times as often.",
+        unit="s",
+        minimum=0.2,
+        maximum=3600,
+    )
+    stale_after: float = _setting(
+        Kind.SECONDS,
+        30.0,
+        "Without an answer of the source for this long, gateways say that they are degraded.",
+        unit="s",
+        minimum=1,
+        maximum=86400,
+    )
+    sync_keep: int = _setting(Kind.INTEGER, 10, "How many good revisions a node keeps.", minimum=2, maximum=1000)
+    revision_max: int = _setting(
+        Kind.INTEGER, 64, "Largest revision that is taken.", unit="MiB", minimum=1, maximum=1024
+    )
+    dry_run_timeout: float = _setting(
+        Kind.SECONDS, 10.0, "How long the dry run of a router may take.", unit="s", minimum=0.5, maximum=600
+    )
+    dry_run_memory: int = _setting(
+        Kind.INTEGER,
+        512,
+        "How much memory the dry run of a router may take for itself.",
+        unit="MiB",
+        minimum=64,
+        maximum=65536,
+    )
+    restart_policy: str = _setting(
+        Kind.TEXT,
+        "rolling",
+        "What follows from a change that LiteLLM cannot take live: one gateway after the other drains and restarts, or it is only reported.",
+        choices=("rolling", "report"),
+    )
+    secrets_poll: float = _setting(
+        Kind.SECONDS, 1.0, "How often secret files are looked at for a change.", unit="s", minimum=0.1, maximum=60
+    )
 
     @property
     def allow(self) -> AllowList:
