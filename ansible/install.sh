@@ -21,7 +21,7 @@ usage: sh install.sh [options]
   --key FILE|STRING   the release key, from paper or from a file that is not on the medium; pinned in phase 2
   --inventory FILE    the hosts of the site; default: everything on this host, or the inventory of the last run
   --vars FILE         your variables (YAML); kept in /etc/moat/site/vars.yml from then on
-  -e NAME=VALUE       one variable for this run only; may be repeated
+  -e NAME=VALUE       one variable for this run only; may be repeated. A number, true or false counts as such
   --playbook NAME     run this playbook instead of site.yml, or of upgrade.yml where another release runs
   --allow-older       accept a bundle that is older than the release that is installed, on purpose
   --yes               do not ask before phase 2
@@ -42,6 +42,29 @@ refuse() {
 }
 wrong() { refuse 2 "$1" '' '' 'sh install.sh --help'; }
 
+# typed ARGUMENT: Ansible takes the value in NAME=VALUE for text, and the text "false" is true. A number, true or false is
+# printed as JSON, which keeps its type; all else as it is: 007 and 1.10 may be names, '"5"' says that text is meant.
+typed() {
+    typed_value=${1#*=}
+    case ${1%%=*} in
+    "$1" | '' | [!A-Za-z_]* | *[!A-Za-z0-9_]*) typed_value='' ;;
+    esac
+    case $typed_value in
+    true | false) ;;
+    True) typed_value=true ;;
+    False) typed_value=false ;;
+    *)
+        case ${typed_value#-} in
+        '' | *[!0-9.]* | .* | *. | *.*.* | 0[0-9]* | *.*0) typed_value='' ;;
+        esac
+        ;;
+    esac
+    case $typed_value in
+    '' | -0) printf '%s\n' "$1" ;;
+    *) printf '{"%s": %s}\n' "${1%%=*}" "$typed_value" ;;
+    esac
+}
+
 check='' yes='' older='' inventory='' vars='' playbook='' keys='' extra=''
 # Values may hold blanks; they are kept one a line, and a line end in one is refused.
 one_line() {
@@ -55,7 +78,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --check) check=1 ;;
     --yes) yes=1 ;;
-    --allow-older) older=--allow-older extra="${extra}bundle_allow_older=true
+    --allow-older) older=--allow-older extra="$extra$(typed bundle_allow_older=true)
 " ;;
     --help | -h)
         usage
@@ -70,7 +93,7 @@ while [ $# -gt 0 ]; do
         --inventory) inventory=$2 ;;
         --vars) vars=$2 ;;
         --playbook) playbook=${2%.yml} ;;
-        *) extra="$extra$2
+        *) extra="$extra$(typed "$2")
 " ;;
         esac
         shift

@@ -62,7 +62,7 @@ def role(name: str) -> dict[str, Any]:
     ("given", "asked"),
     [
         ({}, "127.0.0.1:8443"),
-        ({"nginx_listen_addresses": ["0.0.0.0", "[::]"]}, "127.0.0.1:8443"),
+        ({"nginx_listen_addresses": ["0.0.0.0", "[::]"]}, "127.0.0.1:8443"),  # noqa: S104
         ({"nginx_listen_addresses": ["[::]"], "nginx_https_port": 443}, "[::1]:443"),
         ({"nginx_listen_addresses": ["192.0.2.80", "127.0.0.1"]}, "192.0.2.80:8443"),
         ({"nginx_listen_addresses": ["[2001:db8::80]"]}, "[2001:db8::80]:8443"),
@@ -141,12 +141,8 @@ def test_text_that_says_false_is_false(given: Any, said: str) -> None:
 @pytest.mark.parametrize("template", ["no-egress.nft.j2", "closed.nft.j2"])
 def test_rules_are_the_same_for_text_and_truth_values(template: str) -> None:
     lists = ("_no_egress_ssh_ports", "_no_egress_ntp", "_no_egress_dns", "_no_egress_entries")
-    values = {
-        **role("no_egress"),
-        **dict.fromkeys(lists, []),
-        "no_egress_extra_output": [],
-        "no_egress_extra_forward": [],
-    }
+    empty: dict[str, Any] = {n: [] for n in (*lists, "no_egress_extra_output", "no_egress_extra_forward")}
+    values = {**role("no_egress"), **empty}
     found = {
         (given, as_text): rendered(
             f"no_egress/templates/{template}",

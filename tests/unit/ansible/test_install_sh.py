@@ -40,6 +40,15 @@ def test_it_is_plain_posix_shell(script: Path) -> None:
     assert subprocess.run([dash, "-n", str(script)], capture_output=True).returncode == 0
 
 
+def test_both_give_a_variable_its_type_in_the_same_way() -> None:
+    """Each stands alone: the medium is gone when moat-site runs. What it does: integration/ansible/test_extra_vars.py."""
+    found = [
+        re.findall(r"^# typed ARGUMENT:.*?^}$", s.read_text("utf-8"), re.MULTILINE | re.DOTALL) for s in (INSTALL, SITE)
+    ]
+    assert len(found[0]) == 1
+    assert found[0] == found[1]
+
+
 def test_help_names_every_option_that_is_parsed_and_documented() -> None:
     shown = run(INSTALL, "--help")
     assert shown.returncode == 0
