@@ -68,12 +68,12 @@ if sys.argv[1] == "verify":
 else:
     shutil.copytree(sys.argv[2], pathlib.Path(sys.argv[4]) / "releases" / ("1.0-" + "0" * 12) / "bundle")
 """
-#: Runs "$@" with folders of its own; $folder/root holds what lies in them.
+#: Runs "$@" with folders of its own; $folder/own holds what lies in them.
 INSIDE = """\
 set -eu
 folder=$1
 shift
-for place in opt etc run var/log usr/local/sbin; do mount --bind "$folder/root/$place" "/$place"; done
+for place in opt etc run var/log usr/local/sbin; do mount --bind "$folder/own/$place" "/$place"; done
 exec "$@"
 """
 
@@ -94,10 +94,10 @@ class Host:
     def __init__(self, folder: Path) -> None:
         self.folder, self.medium = folder, folder / "medium"
         for place in ("opt", "etc", "run", "var/log", "usr/local/sbin"):
-            (folder / "root" / place).mkdir(parents=True)
+            (folder / "own" / place).mkdir(parents=True)
         for name in ("passwd", "group", "nsswitch.conf", "ld.so.cache", "os-release"):
             if Path("/etc", name).exists():
-                shutil.copy(Path("/etc", name), folder / "root/etc")
+                shutil.copy(Path("/etc", name), folder / "own/etc")
         (self.medium / "ansible/inventory").mkdir(parents=True)
         (self.medium / "wheels").mkdir()
         for name in ("ansible.cfg", "moat-site", "inventory/localhost.yml"):
@@ -115,7 +115,7 @@ class Host:
         show = "import sys; print('%d.%d' % sys.version_info[:2])"
         version = subprocess.run(["/usr/bin/python3", "-Ic", show], capture_output=True, text=True, check=True).stdout
         name = hashlib.sha256(f"{version}ansible-core\n".encode()).hexdigest()[:12]
-        python = self.folder / "root/opt/moat/control" / name / "bin/python"
+        python = self.folder / "own/opt/moat/control" / name / "bin/python"
         python.parent.mkdir(parents=True)
         python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)

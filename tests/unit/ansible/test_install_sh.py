@@ -41,7 +41,7 @@ def test_it_is_plain_posix_shell(script: Path) -> None:
 
 
 def test_both_give_a_variable_its_type_in_the_same_way() -> None:
-    """Each stands alone: the medium is gone when moat-site runs. What it does: integration/ansible/test_extra_vars.py."""
+    """Each stands alone: the medium is gone when moat-site runs. integration/ansible/test_extra_vars.py runs both."""
     found = [
         re.findall(r"^# typed ARGUMENT:.*?^}$", s.read_text("utf-8"), re.MULTILINE | re.DOTALL) for s in (INSTALL, SITE)
     ]
