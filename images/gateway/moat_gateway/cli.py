@@ -20,6 +20,7 @@ from typing import Any
 from moat_gateway import (
     __version__,
     adminclient,
+    cliconfig,
     endpoints,
     events,
     keyfile,
@@ -81,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     pages.add_argument("--events-markdown", action="store_true", help="print docs/reference/log-events.md")
 
     _ask_parser(command("ask", _ask, "Make one chat completion as a client does."))
+
+    cliconfig.add_parser(
+        command("config", cliconfig.run, "Check, sign, publish and follow revisions of the configuration.")
+    )
+
+    sync = command("sync", _sync, "Bring signed revisions to this node's gateways; runs until SIGTERM.")
+    settings.add_options(sync)
 
     _store_parser(command("store", _store, "Make or check the bucket of configuration revisions, and its accounts."))
 
@@ -167,6 +175,12 @@ def _serve(args: argparse.Namespace) -> int:
     from moat_gateway.serve import serve
 
     return serve(*_load(args))
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from moat_gateway.sync.manager import run
+
+    return run(*_load(args))
 
 
 def _check(args: argparse.Namespace) -> int:
