@@ -49,6 +49,7 @@ def _ansible_lint() -> bool:
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
         "ANSIBLE_HOME": str(ROOT / ".moat" / "ansible-lint"),
         "ANSIBLE_LIBRARY": str(ROOT / "ansible" / "library"),
+        "ANSIBLE_MODULE_UTILS": str(ROOT / "ansible" / "module_utils"),
         "ANSIBLE_FILTER_PLUGINS": str(ROOT / "ansible" / "filter_plugins"),
         "ANSIBLE_ROLES_PATH": str(ROOT / "ansible" / "roles"),
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused
 
 DOCUMENTATION = r"""
 module: moat_apt
@@ -52,10 +53,6 @@ moved: {description: Source files that were moved aside or back., type: list, re
 APT = Path("/etc/apt")
 ASIDE = APT / "moat-disabled"
 MASKS = Path("/run/systemd/system")
-
-
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
 
 
 def run(argv: Sequence[str], what: str) -> str:

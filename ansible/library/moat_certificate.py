@@ -13,7 +13,6 @@ kept, in ``ca.key`` on the control host alone: further hosts and renewals must n
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+from ansible.module_utils.moat_common import Refused, write
 
 try:
     from cryptography import x509
@@ -80,10 +80,6 @@ not_after: {description: When it ends (UTC)., type: str, returned: always}
 
 _HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _FILE = re.compile(r"([a-z]+/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
-
-
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
 
 
 @dataclass(frozen=True)
@@ -356,22 +352,6 @@ def place(folder: Path, name: str, chain: bytes, key: bytes) -> None:
     (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write(folder / f"{name}.key", key, 0o600)
     write(folder / f"{name}.pem", chain, 0o644)
-
-
-def write(path: Path, data: bytes, mode: int) -> None:
-    """Write a file whole or not at all; its mode is right before its name exists."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fchmod(f.fileno(), mode)
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def run(p: dict[str, Any], now: datetime, dry: bool) -> Result:

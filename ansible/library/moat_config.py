@@ -13,7 +13,6 @@ import grp
 import hashlib
 import http.client
 import json
-import os
 import re
 import shutil
 import socket
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_config
@@ -58,32 +58,14 @@ reloaded: {description: Gateways that have read the new keys., type: list, retur
 NAMES = ("config.yaml", "keys.yaml", "gateway.yaml")
 
 
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
-
-
 def staged(p: Mapping[str, Any]) -> Path:
     """Write the files into an empty staging folder that root alone may read."""
     folder = Path(p["path"]).with_name(Path(p["path"]).name + ".staging")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     for name in NAMES:
-        write(folder / name, p["files"][name], 0, 0o600)
+        write(folder / name, p["files"][name].encode("utf-8"), 0o600, (0, 0))
     return folder
-
-
-def write(path: Path, text: str, gid: int, mode: int) -> None:
-    """Write a file by a temporary name; owner and mode are right before the name exists."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as f:
-        f.write(text.encode("utf-8"))
-        f.flush()
-        os.fchown(f.fileno(), 0, gid)
-        os.fchmod(f.fileno(), mode)
-        os.fsync(f.fileno())
-    temporary.replace(path)
 
 
 def settings(path: Path) -> dict[str, str]:
@@ -160,7 +142,7 @@ def replace(p: Mapping[str, Any], gid: int, *, dry: bool) -> list[str]:
             continue
         replaced.append(name)
         if not dry:
-            write(live, p["files"][name], gid, 0o640)
+            write(live, p["files"][name].encode("utf-8"), 0o640, (0, gid))
     return replaced
 
 
@@ -179,7 +161,7 @@ def keep(p: Mapping[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
     for name in NAMES:
-        write(temporary / name, p["files"][name], 0, 0o600)
+        write(temporary / name, p["files"][name].encode("utf-8"), 0o600, (0, 0))
     made = folder / f"{number:06d}-{digest}"
     temporary.rename(made)
     for old in [*versions, made][: -p["keep"]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_files
@@ -74,10 +75,6 @@ problem:
   type: str
   returned: always
 """
-
-
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
 
 
 def owner_of(entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -145,23 +142,6 @@ def files(entries: Sequence[Mapping[str, Any]], dry: bool) -> list[str]:
         if not dry:
             write(path, data, int(entry["mode"], 8), owner)
     return changed
-
-
-def write(path: Path, data: bytes, mode: int, owner: tuple[int, int]) -> None:
-    """Write a file by a temporary name; owner and mode are right before the name exists."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fchown(f.fileno(), *owner)
-            os.fchmod(f.fileno(), mode)
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def others(only: Sequence[str], entries: Sequence[Mapping[str, Any]], dry: bool) -> list[str]:

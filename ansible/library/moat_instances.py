@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_instances
@@ -63,10 +64,6 @@ seconds: {description: What it took., type: float, returned: always}
 RECORD = Path("/var/lib/moat/gateways.json")
 UNIT_FILE = "/etc/systemd/system/moat-gateway@.service"
 JOURNAL_LINES = 15
-
-
-class Refused(Exception):
-    """A gateway did not do what it must; the text is shown."""
 
 
 def run(*argv: str, check: bool = True) -> str:
@@ -170,10 +167,7 @@ class Node:
     def remember(self, n: int) -> None:
         """Note what a gateway was started with."""
         self.record[str(n)] = {"invocation": properties(n)["InvocationID"], "inputs": self.inputs(n)[0]}
-        temporary = RECORD.with_suffix(".new")
-        temporary.write_text(json.dumps(self.record, sort_keys=True) + "\n", "utf-8")
-        temporary.chmod(0o644)
-        temporary.replace(RECORD)
+        write(RECORD, (json.dumps(self.record, sort_keys=True) + "\n").encode("utf-8"), 0o644)
 
     def stale(self, n: int, p: Mapping[str, str]) -> bool:
         """Say whether a running gateway was started with something else than what is there now."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_nginx
@@ -61,10 +62,6 @@ CLOSING = Path("/run/moat-nginx/closing")
 TEMPORARY = "TemporaryFileSystem=/var/cache/moat-nginx:mode=1777"
 
 
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
-
-
 def run(*argv: str) -> tuple[int, str]:
     """Run a program; return its exit code and what it printed."""
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True)
@@ -82,21 +79,6 @@ def must(*argv: str) -> str:
         journal = run("journalctl", "-u", UNIT, "-n", "10", "-o", "cat")[1]
         raise Refused(f"`{' '.join(argv)}` failed ({code}): {text}\n{UNIT} says:\n{journal}")
     return text
-
-
-def write(path: Path, text: str, gid: int, mode: int) -> None:
-    """Write a file by a temporary name; owner and mode are right before the name exists."""
-    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "wb") as f:
-        f.write(text.encode("utf-8"))
-        f.flush()
-        os.fchown(f.fileno(), 0, gid)
-        os.fchmod(f.fileno(), mode)
-        os.fsync(f.fileno())
-    temporary.replace(path)
 
 
 def folders(root: Path, files: Mapping[str, str], gid: int) -> None:
@@ -135,7 +117,7 @@ def test(root: Path, files: Mapping[str, str], gid: int, group: str) -> None:
         for name, text in files.items():
             # Certificates are named by their final place, and the test opens the file of the process id.
             there = text.replace(f"{root}/", f"{staging}/").replace("/run/moat-nginx/", "/run/moat-nginx-test/")
-            write(staging / name, there, gid, 0o640)
+            write(staging / name, there.encode("utf-8"), 0o640, (0, gid))
         argv = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", "-p", f"User={group}", "-p", TEMPORARY]
         argv += ["-p", "RuntimeDirectory=moat-nginx-test", "-p", "CapabilityBoundingSet=CAP_NET_BIND_SERVICE"]
         argv += ["-p", "AmbientCapabilities=CAP_NET_BIND_SERVICE"]
@@ -251,12 +233,13 @@ def main() -> None:
             folders(root, files, gid)
             for name in replaced:
                 if name in files:
-                    write(root / name, files[name], gid, 0o640)
+                    write(root / name, files[name].encode("utf-8"), 0o640, (0, gid))
                 else:
                     (root / name).unlink()
         if unit_differs:
-            write(drop_in, p["unit_file"], 0, 0o644)
+            drop_in.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             drop_in.parent.chmod(0o755)
+            write(drop_in, p["unit_file"].encode("utf-8"), 0o644, (0, 0))
             must("systemctl", "daemon-reload")
         if pending and action in ("", "reloaded"):
             module.warn(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import write
 
 DOCUMENTATION = r"""
 module: moat_no_egress
@@ -222,16 +223,10 @@ def read(path: Path) -> str:
         return ""
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file so that a power cut leaves the old content or the new."""
+def keep(path: Path, text: str) -> None:
+    """Write a file that everyone may read, and its folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    write(path, text.encode("utf-8"), 0o644)
 
 
 def arm(module: AnsibleModule, content: str, seconds: int) -> None:
@@ -239,8 +234,8 @@ def arm(module: AnsibleModule, content: str, seconds: int) -> None:
     if timer_active():  # an interrupted run left its trial behind: what it found is what must come back
         run(["systemctl", "start", f"{TIMER}.service"])
     stop_timer()
-    write(PREVIOUS, DELETE + loaded())
-    write(PENDING, content)
+    keep(PREVIOUS, DELETE + loaded())
+    keep(PENDING, content)
     for unit, after, file in ((TIMER, seconds, PREVIOUS), (APPLY, 1, PENDING)):
         argv = ["systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--on-active={after}"]
         argv += ["--timer-property=AccuracySec=100ms", nft(), "-f", str(file)]
@@ -316,7 +311,7 @@ def confirmed(module: AnsibleModule) -> dict[str, Any]:
         return {"changed": True}
     run(["systemctl", "stop", f"{TIMER}.timer"])
     in_force(module)
-    write(Path(module.params["path"]), read(PENDING))
+    keep(Path(module.params["path"]), read(PENDING))
     stop_timer()
     for file in (PENDING, PREVIOUS):
         file.unlink(missing_ok=True)

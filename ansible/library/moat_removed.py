@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused
 
 DOCUMENTATION = r"""
 module: moat_removed
@@ -75,10 +76,6 @@ ROOTS = (
 )  # fmt: skip
 #: These themselves, too.
 FOLDERS = ("/etc/moat", "/opt/moat", "/var/lib/moat", "/var/log/moat")
-
-
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
 
 
 def allowed(path: str, roots: Sequence[str] = ROOTS, folders: Sequence[str] = FOLDERS) -> bool:

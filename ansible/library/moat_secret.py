@@ -9,7 +9,6 @@ values at once are changed without a gap. Only names leave this module, never a 
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import stat
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_secret
@@ -69,10 +69,6 @@ settled:
 """
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-
-
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
 
 
 def check(folder: Path, names: Mapping[str, str]) -> None:
@@ -138,8 +134,8 @@ def apply(
             made.append(name)
             if not dry:
                 if there:
-                    write(before, path.read_bytes())
-                write(path, (prefix + token(size) + "\n").encode("ascii"))
+                    write(before, path.read_bytes(), 0o600)
+                write(path, (prefix + token(size) + "\n").encode("ascii"), 0o600)
         modes |= tighten(path, 0o600, dry)
     return made, settled, modes
 
@@ -156,26 +152,6 @@ def tighten(path: Path, mode: int, dry: bool) -> bool:
     if not dry:
         path.chmod(mode)
     return True
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file of mode 0600 whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_venv
@@ -51,10 +52,6 @@ seconds: {description: What each step took., type: dict, returned: when it was m
 MARKER = ".moat-complete.json"
 #: Changes when environments are made in another way, so that older ones are made anew.
 FORMAT = 1
-
-
-class Refused(Exception):
-    """What the operator has to put right; the text is shown."""
 
 
 def run(argv: list[str], what: str) -> str:
@@ -152,7 +149,7 @@ def build(
     path.chmod(0o755)
     # Everything is on the disk before the marker says so.
     os.sync()
-    write(path / MARKER, json.dumps(marker, sort_keys=True) + "\n")
+    write(path / MARKER, (json.dumps(marker, sort_keys=True) + "\n").encode("utf-8"), 0o644)
     took("sync")
     return seconds
 
@@ -169,21 +166,6 @@ def compile_all(python: str, path: Path) -> None:
         " invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)"
     )
     run([python, "-I", "-c", code, str(path / "lib")], "compiling the modules")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file by a temporary name and flush it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def main() -> None:

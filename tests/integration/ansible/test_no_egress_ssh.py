@@ -95,6 +95,7 @@ class Node:
             "PATH": "/usr/bin:/bin", "HOME": str(self.folder), "LC_ALL": "C.UTF-8", "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_CONFIG": str(ansible / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ansible / "roles"),
             "ANSIBLE_LIBRARY": str(ansible / "library"), "PYTHONDONTWRITEBYTECODE": "1",
+            "ANSIBLE_MODULE_UTILS": str(ansible / "module_utils"),
             "ANSIBLE_FILTER_PLUGINS": str(ansible / "filter_plugins"), "ANSIBLE_HOME": str(self.folder / "ansible"),
             "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=60s -o ServerAliveInterval=15",
         }  # fmt: skip

@@ -54,7 +54,7 @@ def test_an_environment_is_whole_only_with_its_marker_and_its_own_requirements(t
     requirements.write_text("one==1.0 --hash=sha256:00\n")
     marker = venv.wanted(sys.executable, requirements)
     assert venv.present(tmp_path) is None
-    venv.write(tmp_path / venv.MARKER, json.dumps(marker))
+    venv.write(tmp_path / venv.MARKER, json.dumps(marker).encode(), 0o644)
     assert venv.present(tmp_path) == marker
     requirements.write_text("one==1.1 --hash=sha256:00\n")
     assert venv.present(tmp_path) != venv.wanted(sys.executable, requirements)
@@ -203,7 +203,7 @@ def test_what_differs_in_the_folder_of_nginx_is_found(tmp_path: Path) -> None:
     assert nginx.differing(tmp_path / "none", files, ME) == ["nginx.conf", "tls/key.pem"]
     nginx.folders(tmp_path, files, ME)
     for name, text in files.items():
-        nginx.write(tmp_path / name, text, ME, 0o640)
+        nginx.write(tmp_path / name, text.encode(), 0o640, (0, ME))
     assert nginx.differing(tmp_path, files, ME) == []
     (tmp_path / "tls/key.pem").chmod(0o644)  # a key that others could read
     (tmp_path / "left.conf").write_text("from an older release")

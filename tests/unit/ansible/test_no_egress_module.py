@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.unit.ansible.modules import module
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,7 +26,7 @@ def load(path: str) -> ModuleType:
     return module
 
 
-MODULE = load("library/moat_no_egress.py")
+MODULE = module("moat_no_egress")
 EVIDENCE = load("filter_plugins/moat_evidence.py")
 
 
@@ -55,16 +56,12 @@ def test_a_control_connection_that_would_be_cut_is_named(
 
 def test_the_control_host_among_the_nodes_is_told_to_be_local(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address that is no loopback's and this host's own, as the kernel says: in a namespace that has one."""
-    code = (
-        "import sys, importlib.util as u; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); print(m.path_problem([22]))"
-    )
-    path = str(ROOT / "ansible/library/moat_no_egress.py")
+    code = "from tests.unit.ansible.modules import module; print(module('moat_no_egress').path_problem([22]))"
     script = 'ip link set lo up && ip addr add 198.51.100.7/32 dev lo && exec "$@"'
     for client, told in (("198.51.100.7", True), ("198.51.100.8", False)):
         monkeypatch.setenv("SSH_CONNECTION", f"{client} 40000 198.51.100.7 22")
-        argv = ["unshare", "--net", "sh", "-c", script, "sh", sys.executable, "-c", code, path]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        argv = ["unshare", "--net", "sh", "-c", script, "sh", sys.executable, "-c", code]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
         if done.returncode != 0 and "unshare" in done.stderr:
             pytest.skip("no network namespace can be made here")
         assert done.returncode == 0, done.stderr
@@ -77,13 +74,10 @@ def test_the_connection_is_found_through_sudo_which_empties_the_environment() ->
         "import sys, subprocess; argv = [sys.executable, '-c', *sys.argv[1:]];"
         "subprocess.run(argv, env={'PATH': '/usr/bin:/bin'}, check=True)"
     )
-    child = (
-        "import sys, importlib.util as u; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); print(m.control_connection())"
-    )
-    path = str(ROOT / "ansible/library/moat_no_egress.py")
+    child = "from tests.unit.ansible.modules import module; print(module('moat_no_egress').control_connection())"
     environment = {**os.environ, "SSH_CONNECTION": "198.51.100.7 40000 203.0.113.1 2222"}
-    done = subprocess.run([sys.executable, "-c", code, child, path], env=environment, capture_output=True, text=True)
+    argv = [sys.executable, "-c", code, child]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "('198.51.100.7', 40000, 2222)", done.stderr
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.ansible.modules import LIBRARY, module
+from tests.unit.ansible.modules import LIBRARY, SHARED, module
 
 SECRET = module("moat_secret")
 FILES = module("moat_files")
@@ -235,6 +235,7 @@ def test_no_secret_shows_at_the_highest_verbosity(tmp_path: Path) -> None:
         env={
             "PATH": f"{program.parent}:/usr/bin:/bin",
             "ANSIBLE_LIBRARY": str(LIBRARY),
+            "ANSIBLE_MODULE_UTILS": str(SHARED),
             "ANSIBLE_HOME": str(tmp_path / "home"),
             "LC_ALL": "C.UTF-8",
         },
