@@ -2,20 +2,21 @@
 """The check of LiteLLM's ``config.yaml`` before LiteLLM sees it, and the configuration that LiteLLM is then given.
 
 Nothing is served that names a destination outside the allow-list, refers to a missing secret, needs a database, or
-turns off what Moat enforces. The rules are tables; :func:`check` walks the file once and reports every problem with
-its line. What passes here is still held by the process (``egress``), the container networks and the firewall.
+turns off what Moat enforces. The rules are the tables of :mod:`moat_gateway.configrules`; :func:`check` walks the file
+once and reports every problem with its line. What passes here is still held by the process (``egress``), the container
+networks and the firewall.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moat_gateway import configrules as rules
 from moat_gateway import secretfiles, strictyaml
 from moat_gateway.allowlist import (
     AllowList,
@@ -35,85 +36,6 @@ from moat_gateway.errors import (
     UnsetSecret,
 )
 from moat_gateway.strictyaml import Document, Trail, dotted
-
-_REFERENCE = "os.environ/"
-MASTER_KEY_NAME = "LITELLM_MASTER_KEY"
-
-#: Keys whose value is a destination even without a scheme.
-_DESTINATION_KEY = re.compile(
-    r"(?:^|_)(?:host|hostname|endpoint|server|url|uri|api_base|base_url|domain|address)$", re.IGNORECASE
-)
-#: Keys of a deployment, any of which says where its requests go.
-_BASES = ("api_base", "base_url", "aws_bedrock_runtime_endpoint", "sagemaker_base_url")
-#: Callbacks that talk to nobody by themselves, or whose destination stands in the configuration and is checked there.
-_LOCAL_CALLBACKS = frozenset(
-    {
-        "prometheus", "otel", "opentelemetry", "dynamic_rate_limiter", "dynamic_rate_limiter_v3",
-        "detect_prompt_injection", "s3", "s3_v2", "sqs", "batch_redis_requests", "max_budget_limiter",
-    }
-)  # fmt: skip
-#: Callbacks that call a vendor's cloud unless this parameter of litellm_settings names another place.
-_CALLBACK_NEEDS = {
-    "s3": ("s3_callback_params", "s3_endpoint_url"),
-    "s3_v2": ("s3_callback_params", "s3_endpoint_url"),
-    "sqs": ("aws_sqs_callback_params", "sqs_queue_url"),
-}
-_CALLBACK_LISTS = ("callbacks", "success_callback", "failure_callback", "service_callback", "audit_log_callbacks")
-#: Guardrails that run inside the process.
-_LOCAL_GUARDRAILS = frozenset({"litellm_content_filter", "tool_permission", "prompt_injection", "custom_guardrail"})
-#: Where the configuration may name Python code: it must be of this package, the one that was reviewed.
-_OWN_CODE = "moat_gateway."
-_CODE = (
-    ("general_settings", "custom_key_generate"),
-    ("general_settings", "custom_key_update"),
-    ("general_settings", "custom_key_policy"),
-    ("general_settings", "custom_team_metadata_validate"),
-    ("general_settings", "custom_ui_sso_sign_in_handler"),
-    ("litellm_settings", "post_call_rules"),
-    ("litellm_settings", "custom_provider_map"),
-    ("router_settings", "plugins"),
-    ("mcp_tools",),
-)
-_CACHE_TYPES = frozenset({"local", "redis", "redis-semantic", "qdrant-semantic", "disk", "s3"})
-
-_MODELS = "without it a key's models are not enforced"
-#: Settings that would take away what Moat enforces: where, which values are refused, why.
-_REFUSED: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (("include",), bool, "the configuration is one file, so that what is checked is what runs"),
-    (("sandbox_tools",), bool, "programs that LiteLLM starts are outside of the egress check"),
-    (("default_vertex_config",), bool, "it calls a public cloud"),
-    (("general_settings", "custom_auth"), bool, "keys come from keys.yaml"),
-    (("general_settings", "custom_auth_settings"), bool, "keys come from keys.yaml"),
-    (("general_settings", "custom_auth_run_common_checks"), lambda v: v is not True, _MODELS),
-    (("general_settings", "custom_sso"), bool, "there is no login without a database"),
-    (("general_settings", "enable_jwt_auth"), bool, "keys come from keys.yaml"),
-    (("general_settings", "enable_oauth2_auth"), bool, "keys come from keys.yaml"),
-    (("general_settings", "enable_oauth2_proxy_auth"), bool, "keys come from keys.yaml"),
-    (("general_settings", "litellm_key_header_name"), bool, "keys are taken from the documented headers"),
-    (("general_settings", "dangerously_permit_weak_or_unset_master_key"), bool, "the master key is checked by Moat"),
-    (("general_settings", "key_management_system"), bool, "secrets come from files"),
-    (("general_settings", "use_google_kms"), bool, "secrets come from files"),
-    (("general_settings", "use_azure_key_vault"), bool, "secrets come from files"),
-    (("general_settings", "alerting"), bool, "alerts would go to a chat service outside"),
-    (("litellm_settings", "enable_post_custom_auth_checks"), lambda v: v is not True, _MODELS),
-    (("litellm_settings", "disable_hf_tokenizer_download"), lambda v: v is not True, "tokenizers would be fetched"),
-    (("litellm_settings", "aiohttp_trust_env"), bool, "a proxy of the environment would carry requests outside"),
-)  # fmt: skip
-_DATABASE = (
-    ("general_settings", "database_url"),
-    ("general_settings", "database_type"),
-    ("general_settings", "store_model_in_db"),
-    ("environment_variables", "DATABASE_URL"),
-    ("environment_variables", "DIRECT_URL"),
-)
-#: Sections whose entries carry out requests through ``litellm_params`` and so need to say where.
-_NEEDS_BASE = ("search_tools", "vector_store_registry", "files_settings", "finetune_settings", "assistant_settings")
-#: Names that a reference or ``environment_variables`` must not set: they steer this process, not LiteLLM's providers.
-RESERVED_NAMES = re.compile(
-    r"PATH|HOME|(?:LD|PYTHON|MOAT|HF|UVICORN|SSL)_.*|PYTHON.*|LITELLM_(?:LOCAL_.*|MASTER_KEY|SALT_KEY|RUST|CONFIG_.*|WORKER_.*"
-    r"|DANGEROUSLY_.*|MODE|DEV_.*)|(?:HTTPS?|ALL|NO)_PROXY|WORKER_CONFIG|CONFIG_FILE_PATH|GRACEFUL_SHUTDOWN_TIMEOUT",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -205,7 +127,7 @@ def effective(data: Mapping[str, Any]) -> dict[str, Any]:
         # LiteLLM's login page is behind the identity stage; without a value it warns at each start.
         "trusted_proxy_ranges": [],
         **(out.get("general_settings") or {}),
-        "master_key": _REFERENCE + MASTER_KEY_NAME,
+        "master_key": rules.REFERENCE + rules.MASTER_KEY_NAME,
         "custom_auth": "moat_gateway.litellm_port.custom_auth",
         # Both are needed, or LiteLLM ignores the models of the key that custom_auth returns.
         "custom_auth_run_common_checks": True,
@@ -265,7 +187,7 @@ class _Checker:
                 self._data[section] = {}
 
     def _database(self) -> None:
-        for at in _DATABASE:
+        for at in rules.DATABASE:
             if self._get(at):
                 self._report(
                     DatabaseSet,
@@ -276,12 +198,12 @@ class _Checker:
                 )
 
     def _refused(self) -> None:
-        for at, bad, why in _REFUSED:
+        for at, bad, why in rules.REFUSED:
             value = self._get(at)
             if value is not None and bad(value):
                 self._report(SettingRefused, at, f"{dotted(at)} is not allowed: {why}", hint="remove it")
         key = self._get(("general_settings", "master_key"))
-        if key is not None and key != _REFERENCE + MASTER_KEY_NAME:
+        if key is not None and key != rules.REFERENCE + rules.MASTER_KEY_NAME:
             self._report(
                 SettingRefused,
                 ("general_settings", "master_key"),
@@ -292,7 +214,7 @@ class _Checker:
     def _environment(self) -> None:
         for key in self._data.get("environment_variables") or {}:
             at = ("environment_variables", str(key))
-            if not isinstance(key, str) or RESERVED_NAMES.fullmatch(key):
+            if not isinstance(key, str) or rules.RESERVED_NAMES.fullmatch(key):
                 self._report(
                     SettingRefused, at, f"{dotted(at)} is not allowed: it steers the gateway itself", hint="remove it"
                 )
@@ -301,8 +223,8 @@ class _Checker:
 
     def _strings(self) -> None:
         for at, value in _leaves(self._data, ()):
-            if isinstance(value, str) and value.startswith(_REFERENCE):
-                resolved = self._resolve(at, value.removeprefix(_REFERENCE))
+            if isinstance(value, str) and value.startswith(rules.REFERENCE):
+                resolved = self._resolve(at, value.removeprefix(rules.REFERENCE))
                 if resolved is not None:
                     self._destinations(at, resolved, secret=True)
             elif isinstance(value, str):
@@ -310,9 +232,9 @@ class _Checker:
         self._node_pairs(self._data, ())
 
     def _resolve(self, at: Trail, name: str) -> str | None:
-        if name == MASTER_KEY_NAME:
+        if name == rules.MASTER_KEY_NAME:
             return None
-        if not secretfiles.is_reference_name(name) or RESERVED_NAMES.fullmatch(name):
+        if not secretfiles.is_reference_name(name) or rules.RESERVED_NAMES.fullmatch(name):
             self._report(
                 SettingRefused,
                 at,
@@ -343,7 +265,7 @@ class _Checker:
     def _destinations(self, at: Trail, text: str, *, secret: bool = False) -> None:
         found = list(destinations_of_urls(text))
         key = next((s for s in reversed(at) if isinstance(s, str)), "")
-        if not found and "://" not in text and _DESTINATION_KEY.search(key) and text and text[0] not in "/.":
+        if not found and "://" not in text and rules.DESTINATION_KEY.search(key) and text and text[0] not in "/.":
             try:
                 found = [parse_host_port(text.partition("/")[0])]
             except NotADestination:
@@ -422,7 +344,7 @@ class _Checker:
                 )
                 continue
             named = credentials.get(params.get("litellm_credential_name"), {})
-            if not any(params.get(b) or named.get(b) for b in _BASES):
+            if not any(params.get(b) or named.get(b) for b in rules.BASES):
                 self._report(
                     EndpointRefused,
                     (*at, "litellm_params"),
@@ -447,9 +369,9 @@ class _Checker:
         return out
 
     def _services(self) -> None:
-        for section in _NEEDS_BASE:
+        for section in rules.NEEDS_BASE:
             for at, params in _params_of(self._data.get(section), (section,)):
-                if not any(params.get(b) for b in _BASES):
+                if not any(params.get(b) for b in rules.BASES):
                     self._report(
                         EndpointRefused,
                         at,
@@ -462,7 +384,7 @@ class _Checker:
             kind = str(own.get("guardrail", ""))
             if "." in kind:
                 self._code(("guardrails", i), kind)
-            elif not (kind in _LOCAL_GUARDRAILS or own.get("api_base")):
+            elif not (kind in rules.LOCAL_GUARDRAILS or own.get("api_base")):
                 self._report(
                     EndpointRefused,
                     ("guardrails", i),
@@ -480,7 +402,7 @@ class _Checker:
                 )
         cache = self._get(("litellm_settings", "cache_params"))
         type_ = cache.get("type", "redis") if isinstance(cache, dict) else "local"
-        if type_ not in _CACHE_TYPES or (type_ == "s3" and not cache.get("s3_endpoint_url")):
+        if type_ not in rules.CACHE_TYPES or (type_ == "s3" and not cache.get("s3_endpoint_url")):
             self._report(
                 EndpointRefused,
                 ("litellm_settings", "cache_params"),
@@ -491,23 +413,23 @@ class _Checker:
 
     def _code(self, at: Trail, name: Any) -> None:
         """Refuse Python code that is not of this package: data must not choose what is executed."""
-        if not (isinstance(name, str) and name.startswith(_OWN_CODE)):
+        if not (isinstance(name, str) and name.startswith(rules.OWN_CODE)):
             self._report(
                 SettingRefused,
                 at,
                 f"{dotted(at)} names Python code",
                 found=str(name)[:100],
-                expected=f"nothing, or a name in {_OWN_CODE.rstrip('.')}",
+                expected=f"nothing, or a name in {rules.OWN_CODE.rstrip('.')}",
                 hint="remove it",
             )
 
     def _callbacks(self) -> None:
-        for where in _CODE:
+        for where in rules.CODE:
             named = self._get(where)
             for name in named if isinstance(named, list) else [named] if named else []:
                 self._code(where, name)
         settings = self._data.get("litellm_settings") or {}
-        for section in _CALLBACK_LISTS:
+        for section in rules.CALLBACK_LISTS:
             names = settings.get(section) or []
             for i, name in enumerate(names if isinstance(names, list) else [names]):
                 at: Trail = ("litellm_settings", section, i)
@@ -517,15 +439,15 @@ class _Checker:
                 if "." in name:
                     self._code(at, name)
                     continue
-                needs = _CALLBACK_NEEDS.get(name)
-                if name not in _LOCAL_CALLBACKS or (needs and not self._get(("litellm_settings", *needs))):
+                needs = rules.CALLBACK_NEEDS.get(name)
+                if name not in rules.LOCAL_CALLBACKS or (needs and not self._get(("litellm_settings", *needs))):
                     self._report(
                         EndpointRefused,
                         at,
                         f"{dotted(at)} ({name}) would call its vendor's cloud",
                         expected=f"litellm_settings.{'.'.join(needs)}"
                         if needs
-                        else ", ".join(sorted(_LOCAL_CALLBACKS)),
+                        else ", ".join(sorted(rules.LOCAL_CALLBACKS)),
                         hint="remove it, or give the site's own endpoint",
                     )
 

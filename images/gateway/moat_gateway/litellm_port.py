@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moat_gateway.config import MASTER_KEY_NAME, CheckedConfig
+from moat_gateway.config import CheckedConfig
+from moat_gateway.configrules import MASTER_KEY_NAME
 from moat_gateway.context import current
 from moat_gateway.errors import LiteLLMRefused, NoModels
 from moat_gateway.keys import Identity
