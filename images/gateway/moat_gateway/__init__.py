@@ -3,7 +3,7 @@
 
 How the parts work together: ``cli`` parses, ``serve`` runs the process (sockets, signals, admin socket), ``preflight``
 reads settings, secrets, configuration and keys and refuses what must not run, ``app`` composes the stages in front of
-LiteLLM, and ``litellm_port`` is the only module that knows LiteLLM's internals.
+LiteLLM, and ``litellm_port`` is the only package that knows LiteLLM's internals.
 """
 
 __version__ = "0.1.0"

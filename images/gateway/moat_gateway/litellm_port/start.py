@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only module that touches LiteLLM: its environment, its import, its hooks, what is read out of it.
-
-LiteLLM is installed unmodified. Everything here that leans on more than its documented interface is checked when it
-is loaded (:func:`verify`) and by contract tests that name what moved when the pin moves.
-"""
+"""LiteLLM's environment, its import, its verification, the hook that it calls, and what is read out of it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only package that touches LiteLLM; the rest of Moat asks here.
+
+``start`` prepares its environment, imports and verifies it, and holds the hook that it calls. ``options`` says which of
+its settings it reads at each request, and so can be changed while it serves. ``live`` changes them.
+
+LiteLLM is installed unmodified. Everything here that leans on more than its documented interface is checked when it
+is loaded (:func:`verify`) and by contract tests that name what moved when the pin moves. Nothing of LiteLLM is imported
+before it is needed: importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+from moat_gateway.litellm_port.start import (
+    OFFLINE,
+    PIN,
+    custom_auth,
+    deployments,
+    import_app,
+    models,
+    prepare_environment,
+    remove_effective,
+    steering_variables,
+    verify,
+    version,
+)
+
+__all__ = [
+    "OFFLINE",
+    "PIN",
+    "custom_auth",
+    "deployments",
+    "import_app",
+    "models",
+    "prepare_environment",
+    "remove_effective",
+    "steering_variables",
+    "verify",
+    "version",
+]
