@@ -110,10 +110,12 @@ def apply(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str]
         for role in ("reader", "writer")
     ]
     for account in accounts:
-        if not account.access_key.startswith(account.policy):
+        if not account.access_key.startswith(account.policy + "-"):
             raise StoreFailed(
                 f"the access key of the {account.role} does not begin with {account.policy}-",
                 expected="a key made by this site: by its beginning an account of Moat is known",
+                hint=f"restore store_{account.role}_access_key, or have both of its secrets made anew: "
+                f"moat-site rotate_secrets -e rotate=store_{account.role}",
             )
     root = store.Credentials(secrets["store_root_user"], secrets["store_root_password"])
     changes: list[str] = []

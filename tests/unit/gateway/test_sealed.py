@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proves the envelope of MinIO's admin interface: content comes back, and no cut, swap, change or other key passes.
 
+Also what the accounts that are made through it may do, and which secrets are refused.
 That MinIO itself opens what is sealed here, and the reverse: tests/integration/gateway/test_store_accounts.py.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 import pytest
 
 from moat_gateway import sealed, storeaccounts
-from moat_gateway.errors import UnreadableSecret
+from moat_gateway.errors import StoreFailed, UnreadableSecret
+from moat_gateway.settings import Settings
 
 KEY = "the-secret-key-of-root"
 F = sealed.FRAGMENT
@@ -65,3 +67,13 @@ def test_the_policies_allow_no_deletion_and_deny_the_administration() -> None:
 def test_secrets_from_standard_input_are_whole_or_refused(text: str) -> None:
     with pytest.raises(UnreadableSecret):
         storeaccounts.read_json(text)
+
+
+@pytest.mark.parametrize("access_key", ["moat-writer-x", "moat-readerx", "somebody"])
+def test_an_access_key_that_is_not_the_role_s_is_refused_before_the_store_is_asked(access_key: str) -> None:
+    secrets = dict.fromkeys(storeaccounts.NAMES, "s3cret") | {"store_reader_access_key": access_key}
+    with pytest.raises(StoreFailed) as refused:
+        storeaccounts.apply(Settings(), secrets, ["moat-config"])
+    assert "of the reader does not begin with moat-reader-" in refused.value.message
+    assert "rotate_secrets -e rotate=store_reader" in (refused.value.hint or "")
+    assert access_key not in str(refused.value)
