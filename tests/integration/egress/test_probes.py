@@ -43,7 +43,7 @@ import json, subprocess, sys
 from moat.site.egresscheck import systemd_probes as p
 if sys.argv[1]:
     subprocess.run(["nft", "-f", "-"], input=sys.argv[1], text=True, check=True)
-probe = p.probes([], 0.0)[0]
+probe = p.probes([])[0]
 print(json.dumps({"out": p.let_out(), "ok": probe.ok, "found": probe.found, "rules": p.rules()}))
 """
 
@@ -75,3 +75,9 @@ def test_a_closed_filter_holds_and_an_open_or_missing_one_does_not() -> None:
     missing = read("")
     assert (missing["ok"], missing["found"]) == (False, "no such table")
     assert "moat_egress" in missing["rules"]
+
+
+def test_the_rules_shown_are_the_site_s_without_those_of_the_capture() -> None:
+    shown = read(TABLE.replace("POLICY", "drop") + "table inet moat_capture {\n}\n")["rules"]
+    assert shown.startswith("table inet moat_egress {")
+    assert "moat_capture" not in shown

@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from moat.site.egresscheck.leftovers import DNS_TABLE, PACKETS_TABLE
 from moat.site.egresscheck.model import NotAvailable, Probe
 from moat.site.egresscheck.requests import Target
 from moat.site.egresscheck.tools import run
@@ -83,8 +82,8 @@ def ready(target: Target) -> bool:
     return len(head) > 1 and head[1].isdigit() and int(head[1]) < 500
 
 
-def probes(units: Sequence[str], since: float) -> list[Probe]:
-    """Return every probe. ``since`` is the time of the restart (seconds since 1970)."""
+def probes(units: Sequence[str]) -> list[Probe]:
+    """Return every probe."""
     return [_policy("output"), *(_sandbox(unit) for unit in units)]
 
 
@@ -132,11 +131,8 @@ def _short(text: str) -> str:
 
 
 def rules() -> str:
-    """Return the tables of the site and of the capture, as the kernel holds them."""
-    parts = []
-    for table in (TABLE, PACKETS_TABLE, DNS_TABLE):
-        try:
-            parts.append(run(["nft", "list", "table", "inet", table]).strip())
-        except NotAvailable as e:
-            parts.append(f"# inet {table}: {e}")
-    return "\n\n".join(parts) + "\n"
+    """Return the site's table as the kernel holds it: what holds when nobody watches, so without the capture's."""
+    try:
+        return run(["nft", "list", "table", "inet", TABLE]).strip() + "\n"
+    except NotAvailable as e:
+        return f"# inet {TABLE}: {e}\n"

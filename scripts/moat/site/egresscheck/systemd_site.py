@@ -91,7 +91,6 @@ class SystemdSite:
         self._key_file = key_file or (MASTER_KEY if MASTER_KEY.exists() else None)
         self._marks = draw()
         self._allowed: tuple[str, ...] | None = None
-        self._restarted_at = 0.0
         self._answers: dict[str, tuple[list[Endpoint], tuple[str, ...]]] = {}
 
     @staticmethod
@@ -180,7 +179,6 @@ class SystemdSite:
     def restart(self, components: Sequence[Component]) -> None:
         """Restart every service; systemd answers when each says that it is ready."""
         units = list(dict.fromkeys(c.unit for c in components))
-        self._restarted_at = time.time()
         self._console.info("+ systemctl restart " + " ".join(units))
         self._console.info("this takes as long as running streams are given, and a gateway needs to start")
         systemctl("restart", *units, seconds=_RESTART_SECONDS)
@@ -217,10 +215,10 @@ class SystemdSite:
 
     def probes(self) -> list[Probe]:
         """Prove that the rules are in force."""
-        return systemd_probes.probes(self.units(), self._restarted_at)
+        return systemd_probes.probes(self.units())
 
     def rules(self) -> str:
-        """Return the site's packet filter rules, and the capture's while it runs."""
+        """Return the site's packet filter rules in force."""
         return systemd_probes.rules()
 
 
