@@ -53,7 +53,7 @@ def attribute(
     for c in components:
         shares.setdefault(c.uid, []).append(c.name)
     calls = _Timeline(a for a in seen if a.layer == "syscalls")
-    packets = _Timeline(a for a in seen if a.layer in ("packets", "bridges"))
+    packets = _Timeline(a for a in seen if a.layer in _PACKETS)
     asking = [a for a in seen if a.layer == "syscalls" and _target(a).endswith(":53")]
     carried = frozenset(a for a in asking if _address(a) in name_servers)
     result = []
@@ -61,7 +61,7 @@ def attribute(
         better = a
         if a.layer == "dns" and a.process.startswith("uid "):
             better = _asked_by(a, asking, shares)
-        if a.layer in ("packets", "bridges") and a.process.startswith("uid "):
+        if a.layer in _PACKETS and a.process.startswith("uid "):
             call = calls.nearest(a, shares)
             if call is not None:
                 better = replace(a, process=call.process, component=call.component)
