@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from moat.site.egresscheck import control
+from moat.site.egresscheck import control, dnswire
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
 from moat.site.egresscheck.namespaces import holder_of_port, inside
@@ -43,10 +43,6 @@ _IN_CREATE, _IN_CLOEXEC, _IN_NONBLOCK = 0x100, 0o2000000, 0o4000
 _APPEAR_SECONDS: Final = 3.0
 #: The engine's resolver passes a question on, from the same namespace: that is the same question.
 _SAME_SECONDS: Final = 5.0
-_TYPES: Final = {
-    1: "A", 2: "NS", 5: "CNAME", 6: "SOA", 12: "PTR", 15: "MX", 16: "TXT", 28: "AAAA", 33: "SRV", 64: "SVCB",
-    65: "HTTPS", 255: "ANY",
-}  # fmt: skip
 
 #: For the kernel: IPv4 to the resolver; UDP or TCP to port 53, IPv4 or IPv6. Everything else stays out.
 _FILTER: Final = (
@@ -73,20 +69,11 @@ class Question:
 
 
 def parse_question(message: bytes) -> tuple[str, str] | None:
-    """Return name and type of the first question of a DNS message; ``None`` for an answer, or for anything else."""
-    if len(message) < 17 or message[2] & 0xF8 or message[4:6] != b"\0\1":
+    """Return name and type of the question of a DNS message; ``None`` for an answer, or for anything else."""
+    question = dnswire.parse(message)
+    if question is None:
         return None
-    labels, at = [], 12
-    while at < len(message) and message[at]:
-        size = message[at]
-        if size > 63 or at + 1 + size > len(message):
-            return None
-        labels.append(message[at + 1 : at + 1 + size].decode("ascii", "backslashreplace"))
-        at += 1 + size
-    if at + 5 > len(message):
-        return None
-    kind = int.from_bytes(message[at + 1 : at + 3], "big")
-    return ".".join(labels).lower() or ".", _TYPES.get(kind, f"type {kind}")
+    return question.name, dnswire.TYPES.get(question.kind, f"type {question.kind}")
 
 
 def parse_packet(data: bytes) -> tuple[str, int, bytes] | None:
@@ -273,8 +260,7 @@ class NamesLayer:
 
     def control(self) -> str:
         """Ask for the control's name in every container, as its user."""
-        query = b"\x4d\x6f\x01\0\0\1\0\0\0\0\0\0"
-        query += b"".join(bytes([len(p)]) + p.encode("ascii") for p in self._marks.name.split(".")) + b"\0\0\1\0\1"
+        query = dnswire.query(0x4D6F, self._marks.name, dnswire.A)
         places = {n: place for n, (place, _) in self._running().items() if n in self._by_name}
         if not places:
             raise NotAvailable("no container runs")
