@@ -2,9 +2,9 @@
 """Ed25519 signature checking (RFC 8032) in pure Python, for hosts without a crypto library.
 
 A site verifies a bundle before anything may be installed there, with the distribution's Python
-and nothing else, and the standard library has no Ed25519. This module verifies only: it never
-sees a secret that lasts, so it need not run in constant time. Signing of bundles uses the
-``cryptography`` package on the build host.
+and nothing else, and the standard library has no Ed25519. This module signs nothing; the one secret
+that it sees is the seed whose public half :func:`public_of` tells, once, with blinded scalars. So it
+need not run in constant time. Signing uses the ``cryptography`` package.
 
 The rules are libsodium's, hence minisign's, so that the two always agree: the scalar S must be
 canonical (below the group order), the public key must be canonically encoded, and neither it nor
@@ -18,6 +18,7 @@ Points are in extended homogeneous coordinates (X, Y, Z, T) with x = X/Z, y = Y/
 from __future__ import annotations
 
 import hashlib
+import secrets
 from typing import Final, TypeAlias
 
 PUBLIC_KEY_BYTES: Final = 32
@@ -128,6 +129,19 @@ def _two_scalars(s: int, k: int, table: list[_Point]) -> _Point:
 def times_base(scalar: int) -> bytes:
     """Return the 32 bytes of ``scalar`` * B; not in constant time, so for no key that lasts (moat.site.eddsa)."""
     return _encode(_two_scalars(scalar % _L, 0, [_IDENTITY]))
+
+
+def public_of(seed: bytes) -> bytes:
+    """Return the public half (32 bytes) of a secret key's ``seed`` (32 bytes).
+
+    The scalar is split into two parts, each of them random on its own: the time that the two multiplications take says
+    nothing about the key.
+    """
+    digest = hashlib.sha512(seed).digest()
+    scalar = int.from_bytes(digest[:32], "little") & ((1 << 254) - 8) | (1 << 254)
+    mask = secrets.randbelow(_L)
+    parts = [_two_scalars(part, 0, [_IDENTITY]) for part in ((scalar - mask) % _L, mask)]
+    return _encode(_add(*parts))
 
 
 def verify(public_key: bytes, message: bytes, signature: bytes) -> bool:

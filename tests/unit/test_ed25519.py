@@ -68,6 +68,7 @@ def test_it_agrees_with_another_implementation(seed: bytes, message: bytes, bit:
     public = private.public_key().public_bytes_raw()
     signature = private.sign(message)
     assert ed25519.verify(public, message, signature)
+    assert ed25519.public_of(seed) == ed25519.public_of(seed) == public  # whatever the blinding was
     flipped = bytearray(signature)
     flipped[bit // 8] ^= 1 << bit % 8
     assert not ed25519.verify(public, message, bytes(flipped))

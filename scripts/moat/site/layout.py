@@ -5,6 +5,7 @@ compose.yaml .env moat.pyz moat-firewall.service     managed: as the bundle and 
 nginx/ valkey/ health/                               managed, except nginx/upstream.conf
 config/   config.yaml gateway.yaml keys.yaml         kept: the operator's
 secrets/<service>/<name>                             made once, mode 0600, owned by the service's user
+site-keys/<id>.pub                                   the public halves of the keys that may sign revisions
 tls/      cert.pem key.pem ca.pem                    made here, or the site's own
 client/   ca.pem, and the operator's client keys     for `docker compose run client`
 state/    prepared.json
@@ -14,13 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets as _random
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from moat.errors import PrepareFailed
+from moat import ed25519, minisign
+from moat.errors import KeyProblem, PrepareFailed
 from moat.site.certificate import Pair
 from moat.site.deployment import GATEWAY, MINIO, NGINX, VALKEY, Item, Kind, read_existing
 from moat.site.verify import VerifiedBundle
@@ -39,16 +43,16 @@ CA: Final = "tls/ca.pem"
 #: Names at the top of a deployment folder; installed.json's folder is state/ too.
 TOP_LEVEL: Final = frozenset(
     {
-        "compose.yaml", ".env", PYZ, "moat-firewall.service", "nginx", "valkey", "health", "config", "secrets", "tls",
-        "client", "state",
+        "compose.yaml", ".env", PYZ, "moat-firewall.service", "nginx", "valkey", "health", "config", "secrets",
+        "site-keys", "tls", "client", "state",
     }
 )  # fmt: skip
 #: Files that every bundle must bring, by their path below compose/ (moat.pyz by its own).
 NEEDED: Final = frozenset(
     {
-        "compose.yaml", "moat-firewall.service", PYZ, "health/ready.py", "valkey/valkey.conf", "nginx/nginx.conf",
-        "nginx/upstream.conf", "config/keys.yaml", "config/demo.yaml", "config/demo.gateway.yaml", "config/site.yaml",
-        "config/site.gateway.yaml",
+        "compose.yaml", "moat-firewall.service", PYZ, "health/ready.py", "health/sync.py", "valkey/valkey.conf",
+        "nginx/nginx.conf", "nginx/upstream.conf", "config/keys.yaml", "config/demo.yaml", "config/demo.gateway.yaml",
+        "config/site.yaml", "config/site.gateway.yaml",
     }
 )  # fmt: skip
 
@@ -125,6 +129,11 @@ class Secrets:
         "valkey_password": "secrets/gateway/valkey_password",
         "store_user": "secrets/minio/root_user",
         "store_password": "secrets/minio/root_password",
+        "reader_access_key": "secrets/config-sync/store_access_key",
+        "reader_secret_key": "secrets/config-sync/store_secret_key",
+        "writer_access_key": "secrets/admin/store_access_key",
+        "writer_secret_key": "secrets/admin/store_secret_key",
+        "site_key": "secrets/admin/site_key",
     }
 
     @classmethod
@@ -144,20 +153,45 @@ class Secrets:
             if not text:
                 raise PrepareFailed(
                     f"the secret {home} is empty",
-                    expected="one line",
+                    expected="a value",
                     hint="restore it from a backup; or remove the file, and a new secret is made",
                     path=str(root / home),
                 )
             values[name] = text
         return cls(values)
 
+    def site_public_key(self, root: Path) -> minisign.PublicKey:
+        """Return the public half of the site key.
+
+        Raises:
+            PrepareFailed: the site's own key in that file is none, or has a passphrase.
+        """
+        try:
+            return minisign.parse_secret_key(self.values["site_key"].encode() + b"\n", None).public_key
+        except KeyProblem as e:
+            raise PrepareFailed(
+                f"{self.HOMES['site_key']} cannot be used: {e.message}",
+                found=e.found,
+                expected="a secret key of minisign without a passphrase: nobody is there to type it",
+                hint="restore it from a backup; or remove the file, and a new key is made",
+                path=str(root / self.HOMES["site_key"]),
+            ) from e
+
+
+#: By their beginning the store's accounts are known as ours (`moat-gateway store accounts`).
+_NAMES: Final = {"store_user": "moat-", "reader_access_key": "moat-reader-", "writer_access_key": "moat-writer-"}
+
 
 def _make_secret(name: str) -> str:
     # 256 random bits each; the prefix lets scanners for leaked keys know ours.
     if name == "master_key":
         return "sk-moat-admin-" + _random.token_urlsafe(32)
-    if name == "store_user":
-        return "moat-" + _random.token_hex(8)
+    if name in _NAMES:
+        return _NAMES[name] + _random.token_hex(8)
+    if name == "site_key":
+        seed = _random.token_bytes(32)
+        key = minisign.SecretKey(_random.token_bytes(8), seed, ed25519.public_of(seed))
+        return minisign.serialise_secret_key(key, passphrase=None, salt=b"").decode("ascii").strip()
     return _random.token_urlsafe(32)
 
 
@@ -188,6 +222,7 @@ def items(
         *_managed(root, files, bundle, options),
         *_kept(files, options),
         *_secret_files(secrets),
+        _site_public_key(root, secrets),
         *_certificate(root, pair),
         _record(root, bundle, options, pair),
     ]
@@ -206,6 +241,9 @@ def _folders() -> list[Item]:
         folder("secrets/minio", 0o700, MINIO),
         folder("secrets/minio-init", 0o700, GATEWAY),
         folder("secrets/valkey", 0o700, VALKEY),
+        folder("secrets/config-sync", 0o700, GATEWAY),
+        folder("secrets/admin", 0o700, GATEWAY),
+        folder("site-keys", 0o755),
         folder("tls", 0o755),
         folder("client", 0o700, GATEWAY),
         folder("state", 0o755),
@@ -241,11 +279,18 @@ def _env(root: Path, bundle: VerifiedBundle, options: Options) -> bytes:
         f"COMPOSE_PROFILES={'demo' if options.profile == 'demo' else ''}",
         *(f"MOAT_IMAGE_{n.upper()}={images[n]}" for n in images_of(options.profile)),
         f"MOAT_DIR={root}",
+        f"MOAT_NODE={_node()}",
         f"MOAT_BIND={options.bind}",
         f"MOAT_HTTPS_PORT={options.https_port}",
         f"MOAT_HTTP_PORT={options.http_port}",
     ]
     return "\n".join(lines).encode() + b"\n"
+
+
+def _node() -> str:
+    """Return the name of this host as `config status` shows it."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname()).strip("-.")
+    return name or "node"
 
 
 def _kept(files: Mapping[str, bytes], options: Options) -> list[Item]:
@@ -270,14 +315,36 @@ def _secret_files(secrets: Secrets) -> list[Item]:
         Item(Secrets.HOMES["valkey_password"], Kind.SECRET, 0o600, GATEWAY, _line(v["valkey_password"])),
         Item(Secrets.HOMES["store_user"], Kind.SECRET, 0o600, MINIO, _line(v["store_user"])),
         Item(Secrets.HOMES["store_password"], Kind.SECRET, 0o600, MINIO, _line(v["store_password"])),
-    ]
+        *(
+            Item(Secrets.HOMES[name], Kind.SECRET, 0o600, GATEWAY, _line(v[name]))
+            for name in (
+                "reader_access_key", "reader_secret_key", "writer_access_key", "writer_secret_key", "site_key",
+            )
+        ),
+    ]  # fmt: skip
     # The same values for other users: they follow the homes above, so they count as managed.
     return [
         *homes,
-        Item("secrets/minio-init/store_access_key", Kind.MANAGED, 0o600, GATEWAY, _line(v["store_user"])),
-        Item("secrets/minio-init/store_secret_key", Kind.MANAGED, 0o600, GATEWAY, _line(v["store_password"])),
+        *(
+            Item(f"secrets/minio-init/{name}", Kind.MANAGED, 0o600, GATEWAY, _line(v[source]))
+            for name, source in (
+                ("store_root_user", "store_user"),
+                ("store_root_password", "store_password"),
+                ("store_reader_access_key", "reader_access_key"),
+                ("store_reader_secret_key", "reader_secret_key"),
+                ("store_writer_access_key", "writer_access_key"),
+                ("store_writer_secret_key", "writer_secret_key"),
+            )
+        ),
         Item("secrets/valkey/users.acl", Kind.MANAGED, 0o600, VALKEY, acl.encode()),
     ]
+
+
+def _site_public_key(root: Path, secrets: Secrets) -> Item:
+    # A name of its own for each key: an earlier one goes on counting until its file is removed, and what it signed
+    # can still be read after a restart.
+    public = secrets.site_public_key(root)
+    return Item(f"site-keys/{public.id_text}.pub", Kind.KEPT, 0o644, 0, public.to_bytes())
 
 
 def _certificate(root: Path, pair: Pair | None) -> list[Item]:

@@ -15,8 +15,8 @@ from tests.unit.site.test_deployment import OPTIONS, prepare
 @pytest.mark.parametrize(
     ("profile", "services"),
     [
-        ("demo", {"nginx", "gateway-1", "gateway-2", "minio", "minio-init", "valkey", "model"}),
-        ("site", {"nginx", "gateway-1", "gateway-2", "minio", "minio-init", "valkey"}),
+        ("demo", {"nginx", "gateway-1", "gateway-2", "minio", "minio-init", "config-sync", "valkey", "model"}),
+        ("site", {"nginx", "gateway-1", "gateway-2", "minio", "minio-init", "config-sync", "valkey"}),
     ],
 )
 def test_compose_reads_the_prepared_folder(tmp_path: Path, profile: str, services: set[str]) -> None:

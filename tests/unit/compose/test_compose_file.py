@@ -26,7 +26,7 @@ DOCUMENT: dict[str, Any] = yaml.safe_load(TEXT)
 USERS = {
     "nginx": deployment.NGINX, "gateway-1": deployment.GATEWAY, "gateway-2": deployment.GATEWAY,
     "minio": deployment.MINIO, "minio-init": deployment.GATEWAY, "valkey": deployment.VALKEY, "model": 10105,
-    "client": deployment.GATEWAY, "admin": deployment.GATEWAY,
+    "config-sync": deployment.GATEWAY, "client": deployment.GATEWAY, "admin": deployment.GATEWAY,
 }  # fmt: skip
 
 
@@ -58,6 +58,9 @@ def problems(document: dict[str, Any]) -> list[str]:
             writable = volume["type"] == "bind" and volume.get("read_only") is not True
             rule(not writable or (name, volume["source"]) == ("admin", "./config"), name, "has a writable host folder")
             rule(volume["type"] != "bind" or volume["source"].startswith("./"), name, "mounts from outside the folder")
+            rule(volume["source"] != "./secrets/admin" or name == "admin", name, "has the secret site key")
+            kept = volume["source"] != "sync" or name == "config-sync" or volume.get("read_only") is True
+            rule(kept, name, "may write revisions")
         for mount in s.get("tmpfs", []):
             rule(all(w in mount for w in ("size=", "nosuid", "nodev", "noexec")), name, f"tmpfs {mount} is too free")
         secret = re.search(
@@ -83,6 +86,8 @@ def test_every_service_is_hardened() -> None:
         ("network_mode", "host"), ("environment", {"PASSWORD": "x"}), ("healthcheck", {"test": ["CMD-SHELL", "x"]}),
         ("tmpfs", ["/tmp"]), ("volumes", [{"type": "bind", "source": "/", "target": "/h", "read_only": True}]),
         ("volumes", [{"type": "bind", "source": "./config", "target": "/h"}]), ("logging", {}), ("restart", "always"),
+        ("volumes", [{"type": "bind", "source": "./secrets/admin", "target": "/h", "read_only": True}]),
+        ("volumes", [{"type": "volume", "source": "sync", "target": "/h"}]),
     ],
 )  # fmt: skip
 def test_the_rules_notice_what_is_taken_away(key: str, value: object) -> None:
@@ -113,6 +118,34 @@ def test_fixed_addresses_are_outside_of_the_range_that_docker_gives_away() -> No
             if address is not None:
                 assert ipaddress.ip_address(address) in ipaddress.ip_network(config["subnet"]), name
                 assert ipaddress.ip_address(address) not in free, name
+
+
+def test_gateways_start_without_the_store_and_without_config_sync() -> None:
+    services = DOCUMENT["services"]
+    for name in ("gateway-1", "gateway-2"):
+        assert set(services[name]["depends_on"]) == {"valkey"}
+    assert set(services["nginx"]["depends_on"]) == {"gateway-1", "gateway-2"}
+    assert set(services["config-sync"]["depends_on"]) == {"minio-init"}
+
+
+def test_every_program_of_a_node_means_the_same_folders() -> None:
+    services = DOCUMENT["services"]
+    names = ("MOAT_SYNC_DIR", "MOAT_REPORTS_DIR", "MOAT_SITE_KEYS_DIR")
+    for service in ("gateway-1", "gateway-2", "config-sync", "admin"):
+        environment, targets = services[service]["environment"], {v["target"] for v in services[service]["volumes"]}
+        for name in names:
+            assert environment[name] == services["config-sync"]["environment"][name]
+            assert environment[name] in targets, (service, name)
+    sockets = {services[f"gateway-{n}"]["environment"]["MOAT_ADMIN_SOCKET"] for n in (1, 2)}
+    assert sockets == {"/run/moat/gateway-1.sock", "/run/moat/gateway-2.sock"}
+
+
+def test_volumes_in_memory_are_as_closed_as_the_other_file_systems_in_memory() -> None:
+    in_memory = {k: v["driver_opts"]["o"] for k, v in DOCUMENT["volumes"].items() if "driver_opts" in v}
+    assert set(in_memory) == {"reports", "sockets"}
+    for name, options in in_memory.items():
+        for word in ("size=", "mode=0750", "uid=10102", "gid=10102", "nosuid", "nodev", "noexec"):
+            assert word in options, (name, word)
 
 
 def seconds(text: str) -> int:

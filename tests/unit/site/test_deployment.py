@@ -6,16 +6,20 @@ Runs the real files of compose/ through the real plan and writer, in a temporary
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from moat import ed25519, minisign
 from moat.errors import PrepareFailed
 from moat.manifest import BundleInfo, ImageEntry, Manifest
 from moat.minisign import PublicKey
@@ -84,13 +88,13 @@ def test_every_secret_is_0600_random_and_in_no_other_file(tmp_path: Path) -> Non
     prepare(one)
     prepare(two)
     secrets = [p for p in (one / "secrets").rglob("*") if p.is_file()]
-    assert len(secrets) == 7
+    assert len(secrets) == 16
     for path in secrets:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert path.read_bytes() != (two / path.relative_to(one)).read_bytes()
     for folder in (one / "secrets").iterdir():
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    values = {p.read_text().strip() for p in secrets if p.suffix != ".acl"}
+    values = {p.read_text().strip().splitlines()[-1] for p in secrets if p.suffix != ".acl"}
     for path in one.rglob("*"):
         if path.is_file() and (one / "secrets") not in path.parents:
             assert not any(v.encode() in path.read_bytes() for v in values), path
@@ -99,9 +103,13 @@ def test_every_secret_is_0600_random_and_in_no_other_file(tmp_path: Path) -> Non
     acl = (one / "secrets/valkey/users.acl").read_text()
     assert hashlib.sha256(password.encode()).hexdigest() in acl
     assert password not in acl
-    assert (one / "secrets/minio-init/store_secret_key").read_bytes() == (
-        one / "secrets/minio/root_password"
-    ).read_bytes()
+    for copy, home in (
+        ("root_user", "minio/root_user"), ("root_password", "minio/root_password"),
+        ("reader_access_key", "config-sync/store_access_key"), ("reader_secret_key", "config-sync/store_secret_key"),
+        ("writer_access_key", "admin/store_access_key"), ("writer_secret_key", "admin/store_secret_key"),
+    ):  # fmt: skip
+        path = one / "secrets/minio-init" / f"store_{copy}"
+        assert path.read_bytes() == (one / "secrets" / home).read_bytes()
 
 
 def test_no_secret_is_in_the_plan_or_in_a_repr(tmp_path: Path) -> None:
@@ -136,7 +144,65 @@ def test_what_is_the_operators_stays_and_what_is_the_bundles_follows_it(tmp_path
 def test_a_lost_secret_is_made_anew_with_all_its_copies(tmp_path: Path) -> None:
     prepare(tmp_path)
     (tmp_path / "secrets/minio/root_password").unlink()
-    assert prepare(tmp_path) == ["make secrets/minio/root_password", "replace secrets/minio-init/store_secret_key"]
+    assert prepare(tmp_path) == ["make secrets/minio/root_password", "replace secrets/minio-init/store_root_password"]
+    assert prepare(tmp_path) == []
+
+
+def site_keys(root: Path) -> set[str]:
+    return {p.name for p in (root / "site-keys").iterdir()}
+
+
+def test_the_site_key_is_minisigns_and_its_public_half_lies_beside(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    key = minisign.parse_secret_key((tmp_path / "secrets/admin/site_key").read_bytes(), None)
+    (name,) = site_keys(tmp_path)
+    public = minisign.parse_public_key_file((tmp_path / "site-keys" / name).read_bytes(), name)
+    assert name == f"{key.key_id[::-1].hex().upper()}.pub"
+    assert public == key.public_key
+    # The two halves belong together: another implementation signs with the seed, and ours checks.
+    signature = Ed25519PrivateKey.from_private_bytes(key.seed).sign(b"revision")
+    assert ed25519.verify(public.key, b"revision", signature)
+    assert key.seed.hex() not in repr(Secrets.read_or_make(tmp_path))
+
+
+def test_a_new_site_key_leaves_the_public_half_of_the_one_before(tmp_path: Path) -> None:
+    """What the old key signed must still be read after a restart, until the operator says otherwise."""
+    prepare(tmp_path)
+    before = site_keys(tmp_path)
+    (tmp_path / "secrets/admin/site_key").unlink()
+    changes = prepare(tmp_path)
+    after = site_keys(tmp_path)
+    assert before < after
+    assert len(after) == 2
+    assert changes == ["make secrets/admin/site_key", f"make site-keys/{(after - before).pop()}"]
+
+
+def test_a_site_key_with_a_passphrase_is_refused(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    path = tmp_path / "secrets/admin/site_key"
+    key = minisign.parse_secret_key(path.read_bytes(), None)
+    # Only the head is looked at; a real one would take a second and a gibibyte to make.
+    lines = minisign.serialise_secret_key(key, passphrase=None, salt=b"").decode().split("\n")
+    raw = bytearray(base64.b64decode(lines[1]))
+    raw[2:4] = b"Sc"
+    path.write_text(f"{lines[0]}\n{base64.b64encode(bytes(raw)).decode()}\n")
+    with pytest.raises(PrepareFailed, match="passphrase"):
+        prepare(tmp_path)
+
+
+def test_a_folder_of_an_earlier_release_gets_what_it_lacks_and_keeps_the_rest(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    for name in ("secrets/config-sync", "secrets/admin", "site-keys"):
+        shutil.rmtree(tmp_path / name)
+    for path in (tmp_path / "secrets/minio-init").iterdir():
+        path.unlink()
+    root = (tmp_path / "secrets/minio/root_password").read_bytes()
+    (tmp_path / "secrets/minio-init/store_secret_key").write_bytes(root)  # as it was called then
+    before = snapshot(tmp_path)
+    assert {c.split(" ")[0] for c in prepare(tmp_path)} == {"make"}
+    assert {k: v for k, v in snapshot(tmp_path).items() if k in before and v[2]} == {
+        k: v for k, v in before.items() if v[2]
+    }
     assert prepare(tmp_path) == []
 
 

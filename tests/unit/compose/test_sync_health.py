@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that config-sync's health check tells when the source last answered, and why it is not healthy, in one line.
+
+The real program is run, with the interpreter's options of compose.yaml, on files such as config-sync writes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = ROOT / "compose/health/sync.py"
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+
+
+def state(age: float, **changed: Any) -> dict[str, Any]:
+    source = {"kind": "s3", "where": "minio:9000", "reachable": True, "why": None}
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return {"boot_id": BOOT, "checked_boottime": now - age, "source": source, "revision": 7, **changed}
+
+
+def ask(folder: Path, content: str | None) -> tuple[int, str]:
+    file = folder / "sync.json"
+    if content is not None:
+        file.write_text(content, "utf-8")
+    done = subprocess.run([sys.executable, "-IS", PROGRAM, file], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    return done.returncode, done.stdout
+
+
+def test_an_answer_of_just_now_is_healthy(tmp_path: Path) -> None:
+    code, line = ask(tmp_path, json.dumps(state(0.3)))
+    assert (code, line.partition(";")[2].strip()) == (0, "revision 7")
+    assert line.startswith("healthy: minio:9000 answered ")
+    assert ask(tmp_path, json.dumps(state(0.3, revision=0)))[1].endswith("; no revision yet\n")
+
+
+def test_a_long_interval_is_allowed_for(tmp_path: Path) -> None:
+    assert ask(tmp_path, json.dumps(state(100)))[0] == 1
+    assert ask(tmp_path, json.dumps(state(100, interval=60)))[0] == 0
+    assert ask(tmp_path, json.dumps(state(200, interval=60)))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is not there: config-sync has not begun"),
+        ("", "cannot be read"), ("[]", "cannot be read"), ("{}", "KeyError"), ("{", "JSONDecodeError"),
+        (json.dumps(state(60)), "no answer of minio:9000 for 60 s"),
+        (json.dumps(state(-60)), "no answer of minio:9000"),
+        (json.dumps(state(1, boot_id="of an earlier start of the host")), "since the start"),
+        (json.dumps(state(1, checked_boottime=None)), "since the start"),
+        (json.dumps(state(60, source={"where": "minio:9000", "why": "refused\nby all"})), "(refused by all)"),
+    ],
+)  # fmt: skip
+def test_everything_else_is_not(tmp_path: Path, content: str | None, words: str) -> None:
+    code, line = ask(tmp_path, content)
+    assert (code, line.startswith("unhealthy: ")) == (1, True)
+    assert words in line
