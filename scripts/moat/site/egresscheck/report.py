@@ -8,12 +8,12 @@ person.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Final
 
 from moat.site.egresscheck.model import Report
 from moat.site.egresscheck.page import JSON_NAME, page
+from moat.site.state import write_atomically
 
 HTML_NAME: Final = "egress-report.html"
 
@@ -31,19 +31,5 @@ def write_report(report: Report, folder: Path) -> None:
     """
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     for name, text in ((JSON_NAME, as_json(report) + "\n"), (HTML_NAME, page(report))):
-        _write(folder / name, text.encode("utf-8"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Not for everyone: it tells about the site's inside.
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        # Not for everyone: it tells about the site's inside.
+        write_atomically(folder / name, text.encode("utf-8"), 0o640)
