@@ -85,7 +85,7 @@ def init(
     """
     if bucket is not None:
         settings = replace(settings, store_bucket=bucket)
-    client = _client(settings, credentials)
+    client = connect(settings, credentials)
     bucket = settings.store_bucket
     deadline = time.monotonic() + settings.store_timeout
     there = _wait(lambda: _exists(client, bucket), settings, deadline, sleep)
@@ -115,7 +115,7 @@ def check(settings: Settings) -> BucketState:
         StoreFailed: it does not, or the store does not answer.
         UnreadableSecret: a key file cannot be read.
     """
-    client = _client(settings)
+    client = connect(settings)
     if not _call(settings, "look for the bucket", lambda: _exists(client, settings.store_bucket)):
         raise StoreFailed(f"there is no bucket {settings.store_bucket}", hint="run `moat-gateway store init`")
     found = _versioning(settings, client)
@@ -133,32 +133,61 @@ def accepts(settings: Settings, access_key: str, secret_key: str, bucket: str) -
     """Say whether the store takes these credentials for a bucket that they may list."""
     from botocore.exceptions import ClientError
 
-    client = _client(settings, Credentials(access_key, secret_key))
+    client = connect(settings, Credentials(access_key, secret_key))
     try:
         client.head_bucket(Bucket=bucket)
     except ClientError as e:
         if e.response["ResponseMetadata"].get("HTTPStatusCode") in (401, 403):
             return False
-        raise _failed(settings, "look for the bucket", e) from e
+        raise failed(settings, "look for the bucket", e) from e
     return True
 
 
-def _client(settings: Settings, credentials: Credentials | None = None) -> Any:
+def read_credentials(settings: Settings) -> Credentials:
+    """Return the credentials in the settings' key files.
+
+    Raises:
+        UnreadableSecret: one cannot be read.
+    """
+    return Credentials(
+        secretfiles.read_value(settings.store_access_key_file), secretfiles.read_value(settings.store_secret_key_file)
+    )
+
+
+def connect(
+    settings: Settings,
+    credentials: Credentials | None = None,
+    *,
+    connect_timeout: float = 5,
+    read_timeout: float = 10,
+) -> Any:
+    """Return an S3 client that tries each request once.
+
+    Args:
+        settings: of the store.
+        credentials: others than those of the settings' key files.
+        connect_timeout: seconds.
+        read_timeout: seconds without a byte.
+
+    Raises:
+        StoreFailed: the endpoint cannot be used, or boto3 is not installed.
+        UnreadableSecret: a key file cannot be read.
+    """
     url = endpoint_url(settings.store_endpoint)
-    if credentials is None:
-        credentials = Credentials(
-            secretfiles.read_value(settings.store_access_key_file),
-            secretfiles.read_value(settings.store_secret_key_file),
-        )
+    credentials = credentials or read_credentials(settings)
     try:
         import boto3
         from botocore.config import Config
     except ImportError as e:
         raise StoreFailed("boto3 is not installed", found=str(e), hint="install the bundle's wheels") from e
     config = Config(
-        connect_timeout=5,
-        read_timeout=10,
+        connect_timeout=connect_timeout,
+        read_timeout=read_timeout,
+        # A conditional write that is repeated after a lost answer would meet itself.
         retries={"total_max_attempts": 1, "mode": "standard"},
+        # The checksums that newer SDKs add by default are refused by other implementations of S3.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
         s3={"addressing_style": "path"},
         proxies={},
     )
@@ -203,10 +232,10 @@ def _wait(step: Callable[[], bool], settings: Settings, deadline: float, sleep: 
         except ClientError as e:
             # 5xx: the store is there and still starting.
             if e.response["ResponseMetadata"].get("HTTPStatusCode", 0) < 500 or time.monotonic() > deadline:
-                raise _failed(settings, "look for the bucket", e) from e
+                raise failed(settings, "look for the bucket", e) from e
         except BotoCoreError as e:
             if time.monotonic() > deadline:
-                raise _failed(settings, "reach the store", e) from e
+                raise failed(settings, "reach the store", e) from e
         sleep(pause)
         pause = min(2.0, pause * 1.5)
 
@@ -219,23 +248,26 @@ def _call(settings: Settings, what: str, step: Callable[[], Any], ignore: tuple[
     except ClientError as e:
         if e.response.get("Error", {}).get("Code") in ignore:
             return None
-        raise _failed(settings, what, e) from e
+        raise failed(settings, what, e) from e
     except BotoCoreError as e:
-        raise _failed(settings, what, e) from e
+        raise failed(settings, what, e) from e
 
 
-def _failed(settings: Settings, what: str, e: Exception) -> StoreFailed:
+def failed(settings: Settings, what: str, e: Exception, bucket: str | None = None) -> StoreFailed:
+    """Return the refusal for an exception of boto3, without the secrets that may stand in it."""
     # The answer's code and status say enough; its message may repeat the access key.
     answer = getattr(e, "response", None)
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         found = f"HTTP {status} {answer.get('Error', {}).get('Code', '')}".strip()
         hint = "check the two key files" if status in (401, 403) else "see the store's log"
+        if answer.get("Error", {}).get("Code") == "NoSuchBucket":
+            hint = "run `moat-gateway store init`"
     else:
         found, hint = type(e).__name__, "start the store, or correct MOAT_STORE_ENDPOINT"
     return StoreFailed(
         f"cannot {what} at {settings.store_endpoint}",
         found=found,
-        expected=f"bucket {settings.store_bucket}",
+        expected=f"bucket {bucket or settings.store_bucket}",
         hint=hint,
     )
