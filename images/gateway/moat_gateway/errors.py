@@ -208,6 +208,12 @@ class BadSiteKey(GatewayError):
     exit_code, kind = 25, "bad-site-key"
 
 
+class SyncFolderFailed(GatewayError):
+    """The folder of config-sync cannot be written, or another config-sync holds it."""
+
+    exit_code, kind = 26, "sync-folder-failed"
+
+
 def all_kinds() -> list[type[GatewayError]]:
     """Return every refusal class, ordered by exit code."""
     return sorted(GatewayError.__subclasses__(), key=lambda c: c.exit_code)
