@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ class CheckedConfig:
         models: the names that clients use, sorted.
         deployments: how many entries ``model_list`` has.
         sha256: of the file's bytes.
+        references: for each name in ``secrets`` the file that holds its value.
     """
 
     effective: Mapping[str, Any]
@@ -55,6 +57,7 @@ class CheckedConfig:
     models: tuple[str, ...]
     deployments: int
     sha256: str
+    references: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,25 @@ def check(
     models = document.data["model_list"]
     return (
         CheckedConfig(
-            effective(document.data),
+            effective(document.data, checker.files),
             dict(checker.secrets),
             tuple(sorted({m["model_name"] for m in models})),
             len(models),
             digest,
+            dict(checker.references),
         ),
         [],
     )
 
 
-def effective(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration with the settings that Moat always sets."""
-    out = copy.deepcopy(dict(data))
+def effective(data: Mapping[str, Any], files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the configuration with the settings that Moat always sets.
+
+    Args:
+        data: the file.
+        files: what stands in LiteLLM's words for each ``file:`` reference; LiteLLM itself knows only ``os.environ/``.
+    """
+    out: dict[str, Any] = _in_litellms_words(data, files) if files else copy.deepcopy(dict(data))
     out["general_settings"] = {
         # LiteLLM's login page is behind the identity stage; without a value it warns at each start.
         "trusted_proxy_ranges": [],
@@ -141,6 +150,14 @@ def effective(data: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _in_litellms_words(value: Any, files: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _in_litellms_words(v, files) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_in_litellms_words(v, files) for v in value]
+    return files.get(value, value) if isinstance(value, str) else value
+
+
 class _Checker:
     def __init__(self, document: Document, name: str, secrets_dir: Path, allow: AllowList) -> None:
         self._document = document
@@ -151,6 +168,8 @@ class _Checker:
         self.problems: list[GatewayError] = []
         self.named: list[Named] = []
         self.secrets: dict[str, str] = {}
+        self.references: dict[str, Path] = {}
+        self.files: dict[str, str] = {}
 
     def run(self) -> None:
         """Apply every rule."""
@@ -227,6 +246,10 @@ class _Checker:
                 resolved = self._resolve(at, value.removeprefix(rules.REFERENCE))
                 if resolved is not None:
                     self._destinations(at, resolved, secret=True)
+            elif isinstance(value, str) and value.startswith(rules.FILE_REFERENCE):
+                resolved = self._resolve_file(at, value)
+                if resolved is not None:
+                    self._destinations(at, resolved, secret=True)
             elif isinstance(value, str):
                 self._destinations(at, value)
         self._node_pairs(self._data, ())
@@ -254,12 +277,45 @@ class _Checker:
                 hint="make the file (mode 0400, for the gateway's user) or remove the reference",
             )
             return None
+        return self._read(name, path)
+
+    def _resolve_file(self, at: Trail, text: str) -> str | None:
+        # Normalised as text, before anything is opened: `..` must not lead out of the folder.
+        path = Path(os.path.normpath(text.removeprefix("file:")))
+        folder = Path(os.path.normpath(self._dir))
+        if folder not in path.parents or not text.isprintable():
+            self._report(
+                SettingRefused,
+                at,
+                f"{dotted(at)} refers to a file outside of the folder of secrets",
+                found=ascii(text[:200]),
+                expected=f"file:{folder}/NAME",
+                hint="put the secret into the folder of secrets, or refer to it as os.environ/NAME",
+            )
+            return None
+        name = rules.FILE_NAME_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16].upper()
+        self.files[text] = rules.REFERENCE + name
+        if name in self.secrets:
+            return self.secrets[name]
+        if not os.path.lexists(path):
+            self._report(
+                UnsetSecret,
+                at,
+                f"{dotted(at)} refers to a secret file that is not there",
+                expected=str(path),
+                hint="make the file (mode 0400, for the gateway's user) or remove the reference",
+            )
+            return None
+        return self._read(name, path)
+
+    def _read(self, name: str, path: Path) -> str | None:
         try:
             self.secrets[name] = secretfiles.read_value(path)
         except UnreadableSecret as e:
             if not any(p.path == e.path for p in self.problems):  # several references, one file
                 self.problems.append(e)
             return None
+        self.references[name] = path
         return self.secrets[name]
 
     def _destinations(self, at: Trail, text: str, *, secret: bool = False) -> None:

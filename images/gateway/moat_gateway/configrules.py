@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 REFERENCE = "os.environ/"
+#: A secret by its file; LiteLLM is given REFERENCE and a made-up name of this prefix for it.
+FILE_REFERENCE, FILE_NAME_PREFIX = "file:/", "MOAT_FILE_"
 MASTER_KEY_NAME = "LITELLM_MASTER_KEY"
 
 #: Keys whose value is a destination even without a scheme.

@@ -70,19 +70,28 @@ def read(path: Path, error: type[GatewayError]) -> Document:
             hint="check that the file exists and that the gateway's user may read it",
             path=str(path),
         ) from e
+    return parse_bytes(raw, name=str(path), error=error)
+
+
+def parse_bytes(raw: bytes, *, name: str, error: type[GatewayError]) -> Document:
+    """Parse the bytes of one file.
+
+    Raises:
+        GatewayError: of class ``error``: too large, not UTF-8, or :func:`parse` refuses it.
+    """
     if len(raw) > MAX_BYTES:
         raise error(
             "is too large",
             found=f"{len(raw)} bytes",
             expected=f"at most {MAX_BYTES}",
             hint="this is not the file that was meant, or something filled it",
-            path=str(path),
+            path=name,
         )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise error("is not UTF-8 text", found=f"byte {e.start}", hint="save it as UTF-8", path=str(path)) from e
-    return parse(text, name=str(path), error=error)
+        raise error("is not UTF-8 text", found=f"byte {e.start}", hint="save it as UTF-8", path=name) from e
+    return parse(text, name=name, error=error)
 
 
 def parse(text: str, *, name: str, error: type[GatewayError]) -> Document:

@@ -240,3 +240,61 @@ def test_a_url_anywhere_in_the_file_is_found(
     checked, problems = check(yaml.safe_dump(data), secrets_dir)
     assert checked is None
     assert any(type(p) is EndpointRefused and host.partition(":")[0] in p.message for p in problems)
+
+
+# --- file:/run/secrets/x ---
+
+
+def with_file(text: str) -> str:
+    return GOOD.replace("os.environ/UP_KEY", text)
+
+
+def test_a_file_reference(secrets_dir: Path) -> None:
+    checked, problems = check(with_file(f"file:{secrets_dir}/up_key"), secrets_dir)
+    assert problems == []
+    (name,) = checked.secrets
+    assert name.startswith("MOAT_FILE_")
+    assert checked.secrets[name] == "the-upstream-key"
+    assert checked.references == {name: secrets_dir / "up_key"}
+    assert checked.effective["model_list"][0]["litellm_params"]["api_key"] == f"os.environ/{name}"
+    assert "file:" not in yaml.safe_dump(dict(checked.effective))
+
+
+def test_one_file_has_one_name_however_it_is_written(secrets_dir: Path) -> None:
+    plain = check(with_file(f"file:{secrets_dir}/up_key"), secrets_dir)[0]
+    for other in (f"file://{secrets_dir}/up_key", f"file:{secrets_dir}/./x/../up_key"):
+        assert check(with_file(other), secrets_dir)[0].references == plain.references
+
+
+def test_a_reference_by_name_has_its_file_too(secrets_dir: Path) -> None:
+    assert check(GOOD, secrets_dir)[0].references == {"UP_KEY": secrets_dir / "up_key"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind", "words"),
+    [
+        ("file:{dir}/missing", UnsetSecret, "not there"),
+        ("file:{dir}/../up_key", SettingRefused, "outside of the folder"),
+        ("file:{dir}", SettingRefused, "outside of the folder"),
+        ("file:/etc/passwd", SettingRefused, "outside of the folder"),
+        ("file://host{dir}/up_key", SettingRefused, "outside of the folder"),
+        ("file:{dir}/folder", UnreadableSecret, "cannot be read"),
+    ],
+)
+def test_a_file_reference_that_is_refused(
+    secrets_dir: Path, reference: str, kind: type[GatewayError], words: str
+) -> None:
+    (secrets_dir / "folder").mkdir()
+    checked, problems = check(with_file(reference.format(dir=secrets_dir)), secrets_dir)
+    assert checked is None
+    assert [type(p) for p in problems] == [kind]
+    assert words in problems[0].message
+
+
+def test_a_file_reference_that_holds_an_outside_destination_is_refused_without_its_text(secrets_dir: Path) -> None:
+    (secrets_dir / "base").write_text("outside.example.net")
+    text = GOOD.replace("http://model:8081/v1", f"file:{secrets_dir}/base")
+    checked, problems = check(text, secrets_dir)
+    assert checked is None
+    assert [type(p) for p in problems] == [EndpointRefused]
+    assert "outside.example.net" not in problems[0].one_line()
