@@ -8,19 +8,21 @@ nothing else: a URL may carry a password or a token in every other part.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from moat.errors import EgressUnproven
+from moat.site.egresscheck import allow
+
 _NAME: Final = re.compile(
     r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*"
 )
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s\"'<>]*)")
 _PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443, "redis": 6379, "rediss": 6379, "grpc": 4317}
-
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,17 @@ class AllowList:
     """The allow-list, and what is allowed besides it.
 
     Args:
-        texts: host names, addresses, networks, each with or without a port, as the gateway's ``egress_allow``.
+        texts: entries as the capture reads them (:func:`moat.site.egresscheck.allow.parse`); one that is none allows
+            nothing. Configuration seldom says whether it means TCP or UDP: either will do.
         own: names and addresses of the site's own services, whatever the port.
     """
 
     def __init__(self, texts: Iterable[str], own: Iterable[str] = ()) -> None:
         self._own = {d.host for name in own if (d := read(name)) is not None}
-        self._names: set[tuple[str, int | None]] = set()
-        self._networks: list[tuple[_Network, int | None]] = []
+        self._entries = []
         for text in texts:
-            try:
-                self._networks.append((ipaddress.ip_network(text.strip("[]")), None))
-                continue
-            except ValueError:
-                d = read(text)
-            if d is None:
-                continue  # allows nothing
-            try:
-                self._networks.append((ipaddress.ip_network(d.host), d.port))
-            except ValueError:
-                self._names.add((d.host, d.port))
+            with contextlib.suppress(EgressUnproven):
+                self._entries.append(allow.parse(text, resolve=lambda _: []))
 
     def allows(self, d: Destination) -> bool:
         """Say whether a destination is this host, the site's own, or on the list."""
@@ -117,11 +110,7 @@ class AllowList:
             return False
         if d.local or d.host in self._own:
             return True
-        try:
-            address = ipaddress.ip_address(d.host)
-        except ValueError:
-            return (d.host, None) in self._names or (d.host, d.port) in self._names
+        # No entry has port 0: an unknown port is allowed only where every port is.
         return any(
-            address.version == network.version and address in network and port in (None, d.port)
-            for network, port in self._networks
+            (e.name == d.host and e.port in (None, d.port)) or e.permits(d.host, d.port or 0) for e in self._entries
         )

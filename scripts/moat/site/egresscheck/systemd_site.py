@@ -140,8 +140,7 @@ class SystemdSite:
 
     def endpoints(self) -> list[Endpoint]:
         """Ask the gateways, and read the rest's configuration, environment and arguments."""
-        # The packet filter's rules speak of addresses and ports; both lists are one for this comparison.
-        allow = AllowList([re.sub(r"^(tcp|udp) ", "", text) for text in self.allowed()])
+        allow = AllowList(self.allowed())
         found: list[Endpoint] = []
         for unit, pid in self._pids().items():
             name = component_name(unit)

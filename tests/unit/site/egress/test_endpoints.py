@@ -52,6 +52,28 @@ def test_the_allow_list_decides(text: str, allowed: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("entry", "text", "allowed"),
+    [
+        ("10.20.0.0/24:8000", "10.20.0.9:8000", True),
+        ("10.20.0.0/24:8000", "10.20.0.9:8001", False),
+        ("10.20.0.0/24:8000", "10.20.0.9", False),  # no port is not that port
+        ("10.20.0.7/24", "10.20.0.9:1", True),  # a network written by one of its hosts
+        ("tcp 10.20.0.5:8000", "10.20.0.5:8000", True),
+        ("udp [fd00:20::/64]:8001", "[fd00:20::7]:8001", True),
+        ("udp [fd00:20::/64]:8001", "[fd00:21::7]:8001", False),
+        ("tcp Vault.site.example.:8200", "vault.site.example:8200", True),
+        ("tcp vault.site.example:8200", "vault.site.example", False),
+        ("10.20.0.0/24:99999", "10.20.0.9", False),  # what cannot be read allows nothing
+        ("icmp 10.20.0.5", "10.20.0.5", False),
+    ],
+)
+def test_an_entry_is_read_as_the_capture_reads_it(entry: str, text: str, allowed: bool) -> None:
+    destination = read(text)
+    assert destination is not None
+    assert AllowList([entry]).allows(destination) is allowed
+
+
+@pytest.mark.parametrize(
     "text", ["", "a b", "host:0", "host:99999", "host:x", "[::1", "[model]:1", "a/b", "-x", "ho$t"]
 )
 def test_what_is_no_destination_is_none(text: str) -> None:
