@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+#: The program gives up after two by itself; a host that is busy may take longer to start it.
+_SECONDS: Final = 30
 #: argv: kind (udp, tcp, connect), address, port, hex of what to send. Every refusal is as good as an answer.
 _PROGRAM: Final = """
 import socket, sys
@@ -49,22 +51,25 @@ def attempt(uid: int, kind: str, address: str, port: int, data: bytes = b"") -> 
         data: of the datagram.
 
     Raises:
-        OSError: the process could not be started.
+        OSError: the process could not be started, failed, or did not end in time.
     """
     # The host's own Python: the one that runs us may be in a place that the service's user cannot read.
     python = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
-    done = subprocess.run(
-        [python, "-I", "-S", "-c", _PROGRAM, kind, address, str(port), data.hex()],
-        user=uid,
-        group=_group(uid),
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        cwd="/",
-        env={"PATH": os.defpath},
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [python, "-I", "-S", "-c", _PROGRAM, kind, address, str(port), data.hex()],
+            user=uid,
+            group=_group(uid),
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            cwd="/",
+            env={"PATH": os.defpath},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise OSError(f"the control as user {uid} did not end within {_SECONDS} s and was killed") from e
     if done.returncode != 0:
         raise OSError(f"the control as user {uid} ended with code {done.returncode}: {done.stderr.strip()[-200:]}")
     return done.stdout
