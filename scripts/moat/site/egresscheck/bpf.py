@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny BPF assembler and loader over the bpf() system call: no compiler, no library but libc.
 
-The assembler knows the instructions that :mod:`moat.site.egresscheck.syscalls` needs, with labels for
+The assembler knows the instructions that :mod:`moat.site.egresscheck.sysenter` needs, with labels for
 jumps. An instruction is eight bytes: opcode, registers (source in the high half), 16-bit offset, 32-bit
 immediate (linux/bpf.h, Documentation/bpf/standardization). ``r10`` is the frame pointer: the stack is
 below it, 512 bytes. A call takes ``r1``-``r5``, returns in ``r0`` and destroys ``r1``-``r5``.

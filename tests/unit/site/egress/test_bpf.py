@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from moat.site.egresscheck import syscalls
+from moat.site.egresscheck import sysenter
 from moat.site.egresscheck.bpf import Assembler
 
 
@@ -72,7 +72,7 @@ def test_mistakes_are_refused() -> None:
         c.code()
 
 
-def record(family: int, address: bytes, call: int = syscalls.CONNECT) -> bytes:
+def record(family: int, address: bytes, call: int = sysenter.CONNECT) -> bytes:
     head = struct.pack(
         "=QQQQ16sIIII", 2_500_000_000, 77 << 32 | 78, 99 << 32 | 64801, 5, b"python3\0junk", call, 3, 0, 0
     )
@@ -80,25 +80,25 @@ def record(family: int, address: bytes, call: int = syscalls.CONNECT) -> bytes:
 
 
 def test_a_record_over_ipv4() -> None:
-    call = syscalls.parse(record(socket.AF_INET, b"\x01\xbb\xcb\x00\x71\x05"), 1000.0)
+    call = sysenter.parse(record(socket.AF_INET, b"\x01\xbb\xcb\x00\x71\x05"), 1000.0)
     assert (call.when, call.pid, call.uid, call.group, call.comm) == (1002.5, 77, 64801, 5, "python3")
     assert (call.word, call.address, call.port) == ("connect", "203.0.113.5", 443)
 
 
 def test_a_record_over_ipv6_and_a_mapped_one() -> None:
     raw = b"\x01\xbb" + bytes(4) + bytes.fromhex("20010db8000000000000000000000009")
-    assert syscalls.parse(record(socket.AF_INET6, raw), 0.0).address == "2001:db8::9"
+    assert sysenter.parse(record(socket.AF_INET6, raw), 0.0).address == "2001:db8::9"
     mapped = b"\x00\x35" + bytes(4) + bytes.fromhex("00000000000000000000ffffcb007105")
-    assert syscalls.parse(record(socket.AF_INET6, mapped), 0.0).address == "203.0.113.5"
+    assert sysenter.parse(record(socket.AF_INET6, mapped), 0.0).address == "203.0.113.5"
 
 
 def test_a_record_of_another_family_has_no_address() -> None:
-    call = syscalls.parse(record(40, b"\0\0\x02\0\0\0"), 0.0)
+    call = sysenter.parse(record(40, b"\0\0\x02\0\0\0"), 0.0)
     assert (call.family, call.address, call.port) == (40, "", 0)
 
 
 def test_the_program_assembles_for_the_host_and_for_a_container() -> None:
-    whole, inside = syscalls.program(3, 4, None), syscalls.program(3, 4, (4, 4026532000))
+    whole, inside = sysenter.program(3, 4, None), sysenter.program(3, 4, (4, 4026532000))
     assert len(whole) % 8 == 0
     assert len(inside) > len(whole)
     assert len(inside) // 8 < 4096  # what the kernel takes from anybody; ours is far below
