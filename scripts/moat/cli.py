@@ -27,6 +27,7 @@ SITE_COMMANDS = (
     "doctor",
     "load",
     "prepare",
+    "gateway",
     "firewall",
     "stage",
     "pack",

@@ -173,6 +173,12 @@ class InstallFailed(MoatError):
     exit_code, kind = 28, "install-failed"
 
 
+class GatewayFiles(MoatError):
+    """Files of this host cannot be brought to `moat-gateway` or back (`moat gateway`, whose codes are else its own)."""
+
+    exit_code, kind = 29, "gateway-files"
+
+
 # --- the build host ---
 
 

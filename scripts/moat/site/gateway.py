@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moat gateway``: a command of ``moat-gateway`` where it reaches the store and the gateways, with files of this host.
+
+The command runs in a container of the service ``admin``, as long as it takes. That container sees ``config/`` of the
+deployment folder and nothing else of the host. Every other path that the command's words name is brought to it: a copy,
+readable by the container's user, at the same path, and what the command made or changed there is brought back. The exit
+code is the command's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from moat.console import Console, human_bytes
+from moat.errors import GatewayFiles
+from moat.site.deployment import GATEWAY, write_file
+
+NAME = "gateway"
+HELP = (
+    "run a command of moat-gateway in the deployment (config push DIR, status, keys new, ...), with files of this host"
+)
+
+DEFAULT_DIR: Final = Path("/opt/moat")
+_MOST_FILES: Final = 10_000
+_MOST_BYTES: Final = 1 << 30
+#: Where the container keeps its own things: nothing of the host may cover them.
+_CONTAINERS: Final = tuple(
+    Path(p)
+    for p in ("/usr", "/etc", "/opt/moat/app", "/opt/moat/wheels", "/run", "/var/lib/moat", "/tmp")  # noqa: S108
+)
+_NEVER: Final = tuple(Path(p) for p in ("/proc", "/sys", "/dev"))
+#: Folder of the container for what the command is going to make.
+_NEW: Final = "/host"
+
+Chown = Callable[[Path, int, int], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help="the deployment folder; default %(default)s")
+    parser.add_argument(
+        "--instance", default="gateway-1", metavar="NAME", help="whom `status` and `reload` ask; default %(default)s"
+    )
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="as for moat-gateway")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Bring, run, bring back."""
+    root: Path = args.dir.absolute()
+    words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    if not (root / "compose.yaml").is_file():
+        raise GatewayFiles(
+            f"{root} is no deployment folder",
+            found="no compose.yaml",
+            expected="the folder that `moat prepare` made",
+            hint="name it with --dir",
+            path=str(root),
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", args.instance):
+        raise GatewayFiles("--instance is no name of a gateway", found=args.instance, expected="for example gateway-1")
+    try:
+        with tempfile.TemporaryDirectory(prefix="gateway-", dir=root / "state") as work:
+            brought = Brought(Path(work), root / "config")
+            argv = [brought.word(w) for w in words]
+            code = subprocess.run(_argv(root, args.instance, brought.mounts(), argv), check=False).returncode
+            for path in brought.back():
+                console.info(f"written: {path}")
+    except OSError as e:
+        raise GatewayFiles(
+            "a file cannot be brought to moat-gateway, or back",
+            found=f"{e.filename or ''}: {e.strerror}".lstrip(": "),
+            expected="folders that root may read and write",
+            hint="run it as root, and see that there is room",
+        ) from e
+    return code
+
+
+def _argv(root: Path, instance: str, mounts: Sequence[str], words: Sequence[str]) -> list[str]:
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    argv = ["docker", "compose", "--project-directory", str(root), "run", "--rm", "--no-deps"]
+    argv += [] if terminal else ["-T"]
+    argv += ["-e", f"MOAT_ADMIN_SOCKET=/run/moat/{instance}.sock"]
+    for mount in mounts:
+        argv += ["-v", mount]
+    return [*argv, "admin", *words]
+
+
+@dataclass
+class Brought:
+    """The copies of one run.
+
+    Args:
+        work: an empty folder for them.
+        config: the folder that the container sees anyway.
+        chown: gives a copy to the container's user.
+    """
+
+    work: Path
+    config: Path
+    chown: Chown = os.chown
+    _copies: dict[Path, Path] = field(default_factory=dict)  # path on the host -> its copy
+    _new: list[tuple[Path, Path]] = field(default_factory=list)  # folder on the host, folder for what is made there
+    _before: dict[Path, bytes] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def word(self, word: str) -> str:
+        """Return a word of the command as the container is to read it; what it names is copied.
+
+        Only words (or values of ``--option=value``) that begin with ``/`` or ``.`` can be paths.
+
+        Raises:
+            GatewayFiles: the path is a link, holds too much, or would cover what the container needs.
+            OSError: it cannot be read.
+        """
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if not re.match(r"/|\.\.?(/|$)", value):
+            return word
+        path = Path(value).absolute()  # not resolved: what a link leads to is not what was named
+        if ".." in path.parts:
+            path = path.resolve()
+        if path == self.config or self.config in path.parents:
+            value = str(path)
+        elif os.path.lexists(path):
+            self._copy(path)
+            value = str(path)
+        elif path.parent.is_dir() and path.parent != Path("/"):
+            folder = self.work / f"new-{len(self._new)}"
+            folder.mkdir(mode=0o700)
+            self.chown(folder, GATEWAY, GATEWAY)
+            value = f"{_NEW}/{len(self._new)}/{path.name}"
+            self._new.append((path.parent, folder))
+        return f"{option}{equals}{value}"
+
+    def mounts(self) -> list[str]:
+        """Return the values of docker's ``-v``."""
+        copies = [f"{copy}:{path}" for path, copy in self._copies.items()]
+        return copies + [f"{folder}:{_NEW}/{n}" for n, (_, folder) in enumerate(self._new)]
+
+    def back(self) -> list[Path]:
+        """Write what the command made or changed to its place on this host, and return those paths.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        written = []
+        for host, copy in [*self._copies.items(), *self._new]:
+            for file in [copy] if copy.is_file() else _files(copy):
+                # Locks and temporary files of the command begin with a dot.
+                inside = file.relative_to(copy)
+                if file.is_symlink() or any(part.startswith(".") for part in inside.parts):
+                    continue
+                data = file.read_bytes()
+                if self._before.get(file) == data:
+                    continue
+                target = host / inside
+                target.parent.mkdir(parents=True, exist_ok=True)
+                owner = target.stat() if target.exists() else target.parent.stat()
+                write_file(target, data, file.stat().st_mode & 0o777, owner.st_uid)
+                os.chown(target, owner.st_uid, owner.st_gid)
+                written.append(target)
+        return written
+
+    def _copy(self, path: Path) -> None:
+        if path in self._copies:
+            return
+        covers = [c for c in _CONTAINERS if path == c or path in c.parents]
+        covers += [c for c in _NEVER if c == path or c in path.parents]
+        if path.is_symlink() or covers:
+            raise GatewayFiles(
+                f"{path} cannot be brought to moat-gateway",
+                found="a symbolic link" if path.is_symlink() else f"it would cover {covers[0]} of the container",
+                expected="a file or folder of its own",
+                hint="name what the link leads to" if path.is_symlink() else "copy what is meant to another folder",
+                path=str(path),
+            )
+        copy = self.work / f"copy-{len(self._copies)}"
+        if path.is_dir():
+            copy.mkdir(mode=0o700)
+            for source in sorted(path.rglob("*")):
+                self._take(source, copy / source.relative_to(path))
+        else:
+            self._take(path, copy)
+        self.chown(copy, GATEWAY, GATEWAY)
+        self._copies[path] = copy
+
+    def _take(self, source: Path, copy: Path) -> None:
+        if source.is_symlink():
+            copy.symlink_to(source.readlink())  # for moat-gateway to refuse, by its name
+            return
+        if source.is_dir():
+            copy.mkdir(mode=0o700)
+        elif source.is_file():
+            self._bytes += source.stat().st_size
+            if self._bytes > _MOST_BYTES or len(self._before) >= _MOST_FILES:
+                raise GatewayFiles(
+                    "too much to bring to moat-gateway",
+                    found=f"more than {human_bytes(_MOST_BYTES)} or {_MOST_FILES} files",
+                    expected="a folder of configuration",
+                    hint="name the folder itself, not one above it",
+                    path=str(source),
+                )
+            shutil.copyfile(source, copy)
+            copy.chmod(source.stat().st_mode & 0o700 | 0o400)
+            self._before[copy] = copy.read_bytes()
+        else:
+            raise GatewayFiles(
+                f"{source} is neither a file nor a folder", hint="move it away", path=str(source)
+            )  # fmt: skip
+        self.chown(copy, GATEWAY, GATEWAY)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from (p for p in sorted(folder.rglob("*")) if p.is_file())

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves what `moat gateway` brings into the container, and what it brings back: real folders, the engine left out.
+
+The container itself is part of the acceptance tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moat.errors import GatewayFiles
+from moat.site import gateway
+from moat.site.gateway import Brought
+
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A folder of the operator's, closed to everybody else, as /root is."""
+    folder = tmp_path / "host"
+    (folder / "routers").mkdir(parents=True)
+    (folder / "config.yaml").write_text("model_list: []\n")
+    (folder / "config.yaml").chmod(0o600)
+    (folder / "routers/index.yaml").write_text("models: []\n")
+    folder.chmod(0o700)
+    return folder
+
+
+@pytest.fixture
+def owners() -> dict[Path, int]:
+    return {}
+
+
+@pytest.fixture
+def brought(tmp_path: Path, owners: dict[Path, int]) -> Brought:
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def chown(path: Path, uid: int, gid: int) -> None:
+        assert uid == gid
+        owners[path] = uid
+
+    return Brought(work, tmp_path / "moat/config", chown)
+
+
+def mounts(brought: Brought) -> dict[str, Path]:
+    """Return the copies by their path in the container."""
+    return {target: Path(source) for source, _, target in (m.partition(":") for m in brought.mounts())}
+
+
+def test_a_named_folder_is_copied_to_the_same_path_for_the_containers_user(
+    host: Path, brought: Brought, owners: dict[Path, int]
+) -> None:
+    assert brought.word(str(host)) == str(host)
+    copy = mounts(brought)[str(host)]
+    assert (copy / "config.yaml").read_text() == "model_list: []\n"
+    assert (copy / "routers/index.yaml").exists()
+    assert {p for p, uid in owners.items() if uid == 10102} == {copy, *copy.rglob("*")}
+    assert brought.back() == []
+    assert (host / "config.yaml").stat().st_mode & 0o777 == 0o600
+
+
+def test_words_that_are_no_paths_stay_and_the_configuration_folder_is_there_anyway(
+    brought: Brought, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: Path
+) -> None:
+    config = tmp_path / "moat/config"
+    config.mkdir(parents=True)
+    for word in ("config", "push", "--json", "config.yaml", "--message=a/b", str(config), f"{config}/keys.yaml", "1.5"):
+        assert brought.word(word) == word
+    monkeypatch.chdir(config)
+    assert brought.word(".") == str(config)
+    assert brought.mounts() == []
+    monkeypatch.chdir(host)
+    assert brought.word("../host/routers") == str(host / "routers")
+    assert brought.word("--config=./config.yaml") == f"--config={host}/config.yaml"
+    assert set(mounts(brought)) == {str(host / "routers"), str(host / "config.yaml")}
+
+
+def test_what_the_command_changed_or_made_is_brought_back_and_nothing_else(host: Path, brought: Brought) -> None:
+    brought.word(str(host))
+    copy = mounts(brought)[str(host)]
+    (copy / "keys.yaml").write_text("keys: []\n")
+    (copy / "keys.yaml").chmod(0o640)
+    (copy / "config.yaml").write_text("model_list: [1]\n")
+    (copy / ".keys.yaml.lock").touch()
+    before = (host / "routers/index.yaml").stat().st_mtime_ns
+    assert sorted(brought.back()) == [host / "config.yaml", host / "keys.yaml"]
+    assert (host / "keys.yaml").read_text() == "keys: []\n"
+    assert (host / "keys.yaml").stat().st_uid == host.stat().st_uid
+    assert (host / "config.yaml").read_text() == "model_list: [1]\n"
+    assert sorted(p.name for p in host.iterdir()) == ["config.yaml", "keys.yaml", "routers"]
+    assert (host / "routers/index.yaml").stat().st_mtime_ns == before
+
+
+def test_a_single_file_can_be_changed_too(host: Path, brought: Brought) -> None:
+    brought.word("--keys=" + str(host / "config.yaml"))
+    mounts(brought)[str(host / "config.yaml")].write_text("changed\n")
+    assert brought.back() == [host / "config.yaml"]
+    assert (host / "config.yaml").read_text() == "changed\n"
+
+
+def test_a_file_or_folder_that_is_to_be_made_comes_to_its_place(host: Path, brought: Brought) -> None:
+    key, folder = brought.word(str(host / "new.key")), brought.word(str(host / "next"))
+    assert (key, folder) == ("/host/0/new.key", "/host/1/next")
+    places = mounts(brought)
+    (places["/host/0"] / "new.key").write_text("secret\n")
+    (places["/host/0"] / "new.key").chmod(0o600)
+    (places["/host/1"] / "next").mkdir()
+    (places["/host/1"] / "next/config.yaml").write_text("x\n")
+    assert brought.back() == [host / "new.key", host / "next/config.yaml"]
+    assert (host / "new.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_links_inside_a_folder_are_shown_to_the_command_not_followed(
+    host: Path, brought: Brought, tmp_path: Path
+) -> None:
+    (tmp_path / "shadow").write_text("precious")
+    (host / "keys.yaml").symlink_to(tmp_path / "shadow")
+    brought.word(str(host))
+    copy = mounts(brought)[str(host)] / "keys.yaml"
+    assert copy.is_symlink()
+    copy.unlink()
+    copy.symlink_to(tmp_path / "else")  # one that the command makes leads nowhere on this host either
+    assert brought.back() == []
+    assert (tmp_path / "shadow").read_text() == "precious"
+
+
+def test_what_would_cover_the_container_or_is_none_of_its_business_is_refused(
+    host: Path, brought: Brought, tmp_path: Path
+) -> None:
+    link, fifo = tmp_path / "link", host / "pipe"
+    link.symlink_to(host)
+    os.mkfifo(fifo)
+    for path, words in (
+        ("/", "would cover"), ("/etc", "would cover"), ("/tmp", "would cover"), ("/opt/..", "would cover"),
+        ("/proc/self", "would cover|symbolic link"), (str(link), "symbolic link"), (str(host), "neither a file"),
+    ):  # fmt: skip
+        with pytest.raises(GatewayFiles) as refused:
+            brought.word(path)
+        assert refused.match(words.split("|")[0]) or any(w in (refused.value.found or "") for w in words.split("|"))
+
+
+def test_too_much_is_refused(host: Path, brought: Brought, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "_MOST_FILES", 1)
+    with pytest.raises(GatewayFiles, match="too much"):
+        brought.word(str(host))
+
+
+@pytest.mark.parametrize(("options", "words"), [([], "is no deployment folder"), (["--instance", "a/b"], "--instance")])
+def test_the_program_refuses_in_its_own_words(tmp_path: Path, options: list[str], words: str) -> None:
+    if options:
+        (tmp_path / "compose.yaml").touch()
+    argv = [sys.executable, "-m", "moat", "gateway", "--dir", str(tmp_path), *options, "status", "--json"]
+    done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(SCRIPTS)}, capture_output=True, text=True)
+    assert done.returncode == 29, done.stderr
+    assert words in done.stderr
