@@ -2,9 +2,10 @@
 """Ed25519 signature checking (RFC 8032) in pure Python, for hosts without a crypto library.
 
 A site verifies a bundle before anything may be installed there, with the distribution's Python
-and nothing else, and the standard library has no Ed25519. This module signs nothing; the one secret
-that it sees is the seed whose public half :func:`public_of` tells, once, with blinded scalars. So it
-need not run in constant time. Signing uses the ``cryptography`` package.
+and nothing else, and the standard library has no Ed25519. This module signs nothing, and need not
+run in constant time: of a key that lasts it sees the seed alone, once, whose public half
+:func:`public_of` tells with blinded scalars; what :func:`times_base` is given belongs to a key that
+is made for one signature (``moat.site.openpgp``). Keys that last sign with the ``cryptography`` package.
 
 The rules are libsodium's, hence minisign's, so that the two always agree: the scalar S must be
 canonical (below the group order), the public key must be canonically encoded, and neither it nor
@@ -127,7 +128,7 @@ def _two_scalars(s: int, k: int, table: list[_Point]) -> _Point:
 
 
 def times_base(scalar: int) -> bytes:
-    """Return the 32 bytes of ``scalar`` * B; not in constant time, so for no key that lasts (moat.site.eddsa)."""
+    """Return the 32 bytes of ``scalar`` * B; not in constant time, so for no key that lasts (moat.site.openpgp)."""
     return _encode(_two_scalars(scalar % _L, 0, [_IDENTITY]))
 
 
