@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MODELS = ("m0", "m1", "m2", "m3")
+#: A part of config.yaml that LiteLLM cannot take live.
+NEEDS_RESTART = "litellm_settings: {success_callback: [prometheus]}\n"
 
 
 def model(name: str, base: str, key: str = "os.environ/UP_KEY") -> str:

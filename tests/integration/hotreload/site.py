@@ -20,6 +20,7 @@ from typing import Any
 from tests.integration.gateway.environment import gateway_python
 from tests.integration.gateway.harness import PACKAGE, request
 from tests.integration.hotreload import content
+from tests.integration.hotreload.craft import Bucket, Hand
 from tests.integration.hotreload.node import Gateway, Node
 from tests.integration.hotreload.programs import HERE, Minio, Nginx, Program, Relay, model_server, until
 from tests.integration.hotreload.traffic import Traffic
@@ -57,6 +58,15 @@ class Site:
         self.minio.start()
         self.relay = self.new_relay(self.minio.port) if relay else None
         self.admin = Admin(self)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the buckets with their accounts and the site key, with the product's own commands."""
+        self.admin.right("store", "accounts", "--secrets", str(self.secrets))
+        self.admin.right("config", "init", str(self.admin.content), "--key-out", str(self.secrets / "site_key"))
+        for path in self.secrets.glob("site_key*.pub"):
+            shutil.copy(path, self.site_keys / path.name)
+        self.hand = Hand(Bucket(self.minio.port, self.minio.access, self.minio.secret), self.secrets / "site_key")
 
     def secret(self, name: str, value: str) -> Path:
         path = self.secrets / name

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,58 @@ class Watch:
         moments = [self.first.get((name, number)) for name in names]
         known = [m for m in moments if m is not None]
         return max(known) if len(known) == len(names) else None
+
+    def wait(self, number: int, seconds: float = 30) -> float:
+        """Wait until all gateways have named this revision; return the moment at which the last did."""
+        deadline = time.monotonic() + seconds
+        while (moment := self.served_by_all(number)) is None:
+            assert time.monotonic() < deadline, f"not all serve {number} within {seconds:g} s: " + "; ".join(
+                f"{n.reported()}, {n.sync_state()}" for n in self._nodes
+            )
+            time.sleep(self.PAUSE)
+        return moment
+
+
+class Busy:
+    """Measures how much slower this machine is than alone, for ``with``: the control of a measured time.
+
+    Ten times a second a few milliseconds of arithmetic are done; their wall time, over the processor time they took, is
+    what everybody else on the machine makes of a step.
+    """
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._samples: list[tuple[float, float]] = []  # moment, wall time over processor time
+
+    def __enter__(self) -> Busy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            wall, used = time.monotonic(), time.thread_time()
+            while time.thread_time() - used < 0.004:
+                pass
+            now = time.monotonic()
+            self._samples.append((now, (now - wall) / (time.thread_time() - used)))
+            time.sleep(0.1)
+
+    def since(self, moment: float) -> float:
+        """Return the mean factor since a moment (CLOCK_MONOTONIC), at least 1."""
+        factors = [f for at, f in self._samples if at >= moment] or [f for _, f in self._samples[-3:]]
+        return max(1.0, statistics.fmean(factors)) if factors else 1.0
+
+
+def table(rows: Mapping[str, Sequence[float]]) -> str:
+    """Return p50, p95 and the longest of measured seconds, a line each."""
+    lines = [f"{'seconds':<50} {'n':>4} {'p50':>7} {'p95':>7} {'max':>7}"]
+    for name, values in rows.items():
+        ordered = sorted(values)
+        p95 = ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
+        lines.append(f"{name:<50} {len(ordered):>4} {statistics.median(ordered):>7.3f} {p95:>7.3f} {ordered[-1]:>7.3f}")
+    return "\n".join(lines)
