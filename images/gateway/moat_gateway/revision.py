@@ -77,12 +77,17 @@ class Revision:
     @property
     def sha256(self) -> str:
         """Hex sha256 of the manifest: the name of this revision's content and number together."""
-        return hashlib.sha256(self.manifest).hexdigest()
+        return sha256(self.manifest)
+
+
+def sha256(data: bytes) -> str:
+    """Return the hex sha256 of a file."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def content_sha256(files: Mapping[str, bytes]) -> str:
     """Return the sha256 that two revisions with the same files share."""
-    return _content({path: hashlib.sha256(data).hexdigest() for path, data in files.items()})
+    return _content({path: sha256(data) for path, data in files.items()})
 
 
 def build(
@@ -111,10 +116,7 @@ def build(
     Raises:
         BadRevision: a value or a path that no reader would take.
     """
-    entries = [
-        {"path": path, "size": len(files[path]), "sha256": hashlib.sha256(files[path]).hexdigest()}
-        for path in sorted(files)
-    ]
+    entries = [{"path": path, "size": len(files[path]), "sha256": sha256(files[path])} for path in sorted(files)]
     fields = {
         "format": FORMAT,
         "revision": number,
@@ -317,7 +319,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _matching(entry: Mapping[str, Any], data: bytes) -> bytes:
-    digest = hashlib.sha256(data).hexdigest()
+    digest = sha256(data)
     if len(data) != entry["size"] or digest != entry["sha256"]:
         raise _bad(f"{entry['path']} is not the file that was signed", f"sha256 {digest}", f"sha256 {entry['sha256']}")
     return data
