@@ -22,6 +22,16 @@ EVENTS: dict[str, str] = {
     "shutdown.cut": "The shutdown time is over and requests are cut. Field: `in_flight`.",
     "shutdown.end": "The process ends. Field: `seconds` since the signal.",
     "admin.reload": "The admin socket was asked to read the keys file again. Field: `ok`.",
+    "sync.begin": "config-sync has its folder. Fields: `version`, `node`, `pid`, `source`.",
+    "sync.waiting": "The source answers and holds no revision yet. Field: `message`.",
+    "sync.accepted": "A revision is verified, checked, kept and in force on this node. Fields: `revision`, `sha256`, `key` (that signed), `files`, `author`, `repaired` (it was in force before, and its kept copy was damaged), `seconds`.",
+    "sync.refused": "A revision was refused; the one in force stays. Fields: `revision` (`null` if not even that could be read), `kind` (of the refusal), `message`, `tried_again` (when).",
+    "sync.source_lost": "The source does not answer any more. Fields: `source`, `message`, `revision` (that goes on serving).",
+    "sync.source_back": "The source answers again. Field: `source`.",
+    "sync.damaged": "Something in the folder of config-sync is damaged or cannot be written. Fields: `revision` (or `null`), `message`.",
+    "sync.turn": "A rolling restart. Fields: `instance`, `revision`, `turn` (`given`, `done`, `failed`), `why`.",
+    "sync.report_failed": "The node's report could not be written to the source; said once until it works again. Field: `message`.",
+    "sync.end": "config-sync ends. Fields: `signal`, `seconds` since its start.",
     "defect": "An exception that nothing expected. Fields: `error` (class), `where`.",
 }
 

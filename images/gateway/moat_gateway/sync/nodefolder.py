@@ -148,7 +148,7 @@ class SourceState:
     """The source of revisions as config-sync sees it.
 
     Attributes:
-        kind: ``store`` or ``directory``.
+        kind: ``s3`` or ``directory``.
         where: which one, for people.
         reachable: the last question was answered; ``None`` before the first.
         why: why not, one line, or ``None``.
@@ -203,6 +203,7 @@ class SyncState:
         checked_boottime: when the source last answered (s, :func:`~moat_gateway.sync.files.boottime`), or ``None``.
         checked_at: the same moment, for people.
         source: the source of revisions.
+        interval: the setting ``reload_interval`` (s).
         pointer: the newest revision that the source named, or ``None``.
         revision: the revision in force here, or ``None``.
         last_refused: the refusal that is not healed, or ``None``.
@@ -217,6 +218,7 @@ class SyncState:
     checked_boottime: float | None
     checked_at: str | None
     source: SourceState
+    interval: float
     pointer: int | None = None
     revision: int | None = None
     last_refused: LastRefused | None = None
@@ -246,6 +248,7 @@ class SyncState:
             "checked_boottime": self.checked_boottime,
             "checked_at": self.checked_at,
             "source": dict(vars(self.source)),
+            "interval": self.interval,
             "pointer": self.pointer,
             "revision": self.revision,
             "last_refused": dict(vars(refused)) if refused else None,
@@ -279,6 +282,7 @@ def _sync_state(value: Mapping[str, Any]) -> SyncState:
             None if source["reachable"] is None else bool(source["reachable"]),
             _text(source["why"]),
         ),
+        interval=float(value["interval"]),
         pointer=_number(value["pointer"]),
         revision=_number(value["revision"]),
         last_refused=None
