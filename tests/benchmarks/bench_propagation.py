@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how long a revision takes to every gateway: real MinIO, nginx, a sidecar, three gateways, idle and under load.
+"""Measures how long a revision takes to every gateway: MinIO, nginx, a sidecar, three gateways, idle and under load.
 
 Prints JSON lines: p50, p95 and the longest, in seconds, of each leg of the way (by CLOCK_MONOTONIC of this host): from
 the end of `config push`, or from the moment the pointer moved, to the node's acceptance and to the last gateway that
