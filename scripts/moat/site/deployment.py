@@ -25,6 +25,9 @@ GATEWAY: Final = 10102
 MINIO: Final = 10103
 VALKEY: Final = 10104
 
+#: Certificate and key, which are replaced together.
+PAIR: Final = frozenset({"tls/cert.pem", "tls/key.pem"})
+
 #: Changes the owner of an open file or of a path (a parameter, so that tests run without root).
 Chown = Callable[[int | Path, int, int], None]
 
@@ -134,9 +137,15 @@ def apply(root: Path, changes: Sequence[Change], chown: Chown = os.chown) -> Non
             and the next run goes on from there.
     """
     root.mkdir(parents=True, exist_ok=True)
+    pair = [c for c in changes if c.item.path in PAIR and c.action != "set owner and mode"]
     for change in changes:
         item, path = change.item, root / change.item.path
         try:
+            if change in pair:
+                if change is pair[0]:
+                    files = [(root / c.item.path, c.item.content, c.item.mode, c.item.uid) for c in pair]
+                    write_together(files, chown)
+                continue
             if item.kind is Kind.FOLDER:
                 if change.action == "make":
                     path.mkdir(mode=0o700, parents=True)
@@ -171,17 +180,34 @@ def write_file(path: Path, data: bytes, mode: int, uid: int, chown: Chown = os.c
     Raises:
         OSError: no room, no right; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # 0600 first: at no moment may a secret be readable by others.
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    write_together([(path, data, mode, uid)], chown)
+
+
+def write_together(files: Sequence[tuple[Path, bytes, int, int]], chown: Chown = os.chown) -> None:
+    """Write files that belong together (path, content, mode, owner): all are there before the first is renamed.
+
+    Between the renames there are microseconds, not the time that a disk takes: nginx reads certificate and key at each
+    handshake, and must not find one of each pair.
+
+    Raises:
+        OSError: no room, no right; no temporary file is left behind.
+    """
+    temporaries: list[Path] = []
     try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(data)
-            f.flush()
-            chown(f.fileno(), uid, uid)
-            os.fchmod(f.fileno(), mode)
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        for path, data, mode, uid in files:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            # 0600 first: at no moment may a secret be readable by others.
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            temporaries.append(temporary)
+            with os.fdopen(fd, "wb") as f:
+                f.write(data)
+                f.flush()
+                chown(f.fileno(), uid, uid)
+                os.fchmod(f.fileno(), mode)
+                os.fsync(f.fileno())
+        for (path, *_), temporary in zip(files, temporaries, strict=True):
+            temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         raise

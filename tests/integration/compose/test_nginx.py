@@ -26,6 +26,8 @@ from typing import Any
 
 import pytest
 
+from moat.site.deployment import write_together
+
 ROOT = Path(__file__).resolve().parents[3]
 NGINX_UID = 10101
 CLONE_NEWNET = 0x40000000
@@ -145,6 +147,15 @@ class Gateway:
         self.listener.close()
 
 
+def make_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """Make a certificate of this host's name and its key."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    argv += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*argv, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    return cert, key
+
+
 class Site:
     """The shipped nginx in a container without a network."""
 
@@ -156,10 +167,9 @@ class Site:
         assert text.count("172.30.242.1") == 2
         upstream.write_text(text.replace("172.30.242.11:", "127.0.0.1:").replace("172.30.242.12:", "127.0.0.1:"))
         (folder / "tls").mkdir()
-        argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-        argv += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        argv += ["-keyout", str(folder / "tls/key.pem"), "-out", str(folder / "tls/cert.pem")]
-        subprocess.run(argv, check=True, capture_output=True)
+        cert, key = make_pair(folder, "first")
+        cert.rename(folder / "tls/cert.pem")
+        key.rename(folder / "tls/key.pem")
         for path in (folder / "tls").iterdir():
             os.chown(path, NGINX_UID, NGINX_UID)
         argv = ["docker", "run", "--detach", "--network", "none", "--read-only", "--cap-drop", "ALL"]
@@ -363,6 +373,81 @@ def test_answers_close_their_connections_while_a_reload_is_near(site: Site, path
     one.handle = answer(b"{}")
     time.sleep(5.2)  # it was set aside
     assert site.ask(path=path)[1].get("connection") == "keep-alive"
+
+
+def served(site: Site, context: ssl.SSLContext) -> tuple[str, int]:
+    """Ask once by a new connection; return the certificate that was shown, and the answer's status."""
+    with (
+        inside(site.pid, lambda: socket.create_connection(("127.0.0.1", 8443), 20)) as raw,
+        context.wrap_socket(raw, server_hostname="localhost") as connection,
+    ):
+        shown = connection.getpeercert(binary_form=True)
+        connection.sendall(b"GET /_moat/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return ssl.DER_cert_to_PEM_cert(shown or b""), int(connection.makefile("rb").readline().split()[1])
+
+
+def test_a_replaced_certificate_counts_from_the_next_connection_on_and_cuts_nothing(site: Site) -> None:
+    site.gateway(4001, stream(30, 0.1))
+    site.gateway(4002, stream(30, 0.1))
+    pairs = [make_pair(site.folder, f"next-{n}") for n in range(5)]
+    context = ssl.create_default_context()
+    for cert in (site.folder / "tls/cert.pem", *(p[0] for p in pairs)):
+        context.load_verify_locations(cert)
+    running = site.connect()
+    running.request("POST", "/v1/chat/completions", BODY)
+    response = running.getresponse()
+    over, outcomes, handshakes = threading.Event(), list[int](), list[str]()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                outcomes.append(served(site, context)[1])
+            except ssl.SSLError as e:
+                # In the microseconds between two renames: a client connects again, as they all do.
+                handshakes.append(str(e))
+                outcomes.append(served(site, context)[1])
+
+    # Short answers at the gateways' probes, so that it is the handshakes that count.
+    for gateway in site.gateways:
+        gateway.handle = lambda c, r: (answer(b"{}") if b"GET /_moat/live" in r else stream(30, 0.1))(c, r)
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in askers:
+        thread.start()
+    for cert, key in pairs:
+        time.sleep(0.2)
+        write_together(
+            [
+                (site.folder / "tls/cert.pem", cert.read_bytes(), 0o644, NGINX_UID),
+                (site.folder / "tls/key.pem", key.read_bytes(), 0o600, NGINX_UID),
+            ]
+        )
+        assert served(site, context)[0].split() == cert.read_text().split()
+    over.set()
+    for thread in askers:
+        thread.join()
+    assert response.read().count(b"data: ") == 30  # the stream that ran all the while is whole
+    assert len(outcomes) > 20
+    assert set(outcomes) == {200}
+    assert len(handshakes) <= len(pairs)
+    running.close()
+
+
+def test_a_pair_that_does_not_fit_is_refused_at_the_handshake_and_healed_by_the_right_one(site: Site) -> None:
+    site.gateway(4001, answer(b"{}"))
+    kept = site.connect()  # a connection from before
+    kept.request("GET", "/_moat/live")
+    assert kept.getresponse().read() == b"{}"
+    right = (site.folder / "tls/key.pem").read_bytes()
+    _, other = make_pair(site.folder, "other")
+    write_together([(site.folder / "tls/key.pem", other.read_bytes(), 0o600, NGINX_UID)])
+    with pytest.raises(ssl.SSLError):
+        site.connect()
+    assert "key values mismatch" in site.logs()
+    kept.request("GET", "/_moat/live")
+    assert kept.getresponse().read() == b"{}"
+    write_together([(site.folder / "tls/key.pem", right, 0o600, NGINX_UID)])
+    assert site.ask("GET", "/_moat/live")[0] == 200
+    kept.close()
 
 
 def test_connections_to_the_gateways_are_kept(site: Site) -> None:

@@ -288,6 +288,23 @@ def test_a_sites_own_pair_is_taken_and_replaces_the_one_made_here(tmp_path: Path
     assert (by_path["tls/key.pem"].mode, by_path["tls/key.pem"].uid) == (0o600, deployment.NGINX)
 
 
+def test_certificate_and_key_are_renamed_only_when_both_are_written(tmp_path: Path) -> None:
+    """What nginx reads at a handshake in between: the pair before, never one file of each."""
+    prepare(tmp_path)
+    me, seen = os.geteuid(), []
+    for name in sorted(deployment.PAIR):
+        (tmp_path / name).write_bytes(b"before")
+
+    def look(what: int | Path, uid: int, gid: int) -> None:
+        seen.append({(tmp_path / name).read_bytes() for name in deployment.PAIR})
+
+    items = [Item(name, Kind.MANAGED, 0o600, me, b"after") for name in sorted(deployment.PAIR)]
+    deployment.apply(tmp_path, deployment.plan(tmp_path, items), look)
+    assert seen == [{b"before"}, {b"before"}]
+    assert {(tmp_path / name).read_bytes() for name in deployment.PAIR} == {b"after"}
+    assert [p.name for p in (tmp_path / "tls").iterdir() if p.name.endswith(".tmp")] == []
+
+
 def test_pairs_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
     cert, key = openssl(tmp_path, "one")
     other, _ = openssl(tmp_path, "two")
