@@ -59,7 +59,7 @@ class DirectoryStore:
         limit = min(limit_bytes, pointer.size)
         if pointer.size > limit_bytes:
             raise revstore.too_large(self.describe(), pointer.object, pointer.size, limit_bytes)
-        raw = self._archive(pointer.revision, limit)
+        raw = self._archive(pointer.revision, limit, revstore.PUSH_AGAIN)
         revstore.check(raw, pointer, self.describe())
         return raw
 
@@ -67,12 +67,12 @@ class DirectoryStore:
         """See :class:`revstore.Store`."""
         return self._archive(number, self._limit)
 
-    def _archive(self, number: int, limit: int) -> bytes:
+    def _archive(self, number: int, limit: int, *hint: str) -> bytes:
         name = revstore.object_name(number)
         with self._open() as top, self._below(top, _REVISIONS) as folder:
             raw = self._read(folder, str(number), limit) if folder is not None else None
         if raw is None:
-            raise revstore.missing(self.describe(), name)
+            raise revstore.missing(self.describe(), name, *hint)
         return raw
 
     def list(self) -> list[Stored]:

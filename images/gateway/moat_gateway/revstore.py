@@ -232,13 +232,17 @@ def no_revision(where: str) -> NoRevision:
     )
 
 
-def missing(where: str, name: str) -> BadRevision:
+#: For what the pointer names and the store does not have, or not as it was.
+PUSH_AGAIN = "push again: `moat-gateway config push DIR --force`"
+
+
+def missing(where: str, name: str, hint: str = "look for its number with `moat-gateway config history`") -> BadRevision:
     """Return the refusal of an archive that is not there."""
     return BadRevision(
         f"the archive {name} is missing",
         found="no such object",
         expected="the archive of this revision",
-        hint="push again: `moat-gateway config push DIR --force`",
+        hint=hint,
         path=where,
     )
 
@@ -277,7 +281,7 @@ def check(raw: bytes, pointer: Pointer, where: str) -> None:
             f"the archive {pointer.object} is not the one that the pointer means",
             found=f"{len(raw)} bytes, sha256 {digest[:16]}...",
             expected=f"{pointer.size} bytes, sha256 {pointer.sha256[:16]}...",
-            hint="push again: `moat-gateway config push DIR --force`",
+            hint=PUSH_AGAIN,
             path=where,
         )
 

@@ -66,7 +66,7 @@ class S3Store:
         """See :class:`revstore.Source`."""
         if pointer.size > limit_bytes:
             raise revstore.too_large(self.describe(), pointer.object, pointer.size, limit_bytes)
-        raw = self._archive(pointer.object, pointer.size)
+        raw = self._archive(pointer.object, pointer.size, revstore.PUSH_AGAIN)
         revstore.check(raw, pointer, self.describe())
         return raw
 
@@ -74,10 +74,10 @@ class S3Store:
         """See :class:`revstore.Store`."""
         return self._archive(revstore.object_name(number), self._settings.revision_max << 20)
 
-    def _archive(self, name: str, limit: int) -> bytes:
+    def _archive(self, name: str, limit: int, *hint: str) -> bytes:
         answer = self._long.ask("get_object", Bucket=self._settings.store_bucket, Key=name)
         if answer.code == "NoSuchKey":
-            raise revstore.missing(self.describe(), name)
+            raise revstore.missing(self.describe(), name, *hint)
         fields = answer.take(self._settings, f"read {name}")
         return self._body(fields, limit, _FETCH_DEADLINE, name)
 

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing a revision: read the pointer, take a number, sign, upload, move the pointer from what was seen.
+
+The order is the safety: until the last step nobody is led to anything new, and the last step is one conditional write.
+What dies before it leaves at worst an archive that nobody points to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+
+from moat_gateway import fleet, revision, revstore
+from moat_gateway.errors import BadRevision, BadSignature, BadSiteKey, OlderRevision, PushConflict, StoreFailed
+from moat_gateway.revision import Revision
+from moat_gateway.revstore import NoRevision, Pointer, Store, Taken
+from moat_gateway.sitekey import PublicKey, SigningKey
+
+_ATTEMPTS = 20  # numbers tried after one that was taken meanwhile
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be published.
+
+    Attributes:
+        files: the content by path, already checked.
+        author: one line.
+        message: why.
+        number: the number that it must get, or ``None`` for the next free one.
+        force: also if the content is the one in force.
+        content_of: the earlier revision whose content this is, or ``None``.
+    """
+
+    files: Mapping[str, bytes]
+    author: str
+    message: str
+    number: int | None = None
+    force: bool = False
+    content_of: int | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is in force now.
+
+    Attributes:
+        revision: its number.
+        previous: the number before; 0 for none.
+        changed: a revision was made; else the content was in force already.
+        sha256: of its manifest.
+        content: sha256 of its content.
+        size: of the archive, bytes.
+        author: who pushed it.
+        message: why.
+        pushed_at: when, by the clock of who pushed.
+    """
+
+    revision: int
+    previous: int
+    changed: bool
+    sha256: str
+    content: str
+    size: int
+    author: str
+    message: str
+    pushed_at: str
+
+
+def current(store: Store, trusted: Sequence[PublicKey], limit: int) -> tuple[Pointer, Revision]:
+    """Return the pointer and the revision that it means.
+
+    Raises:
+        NoRevision: nothing was pushed yet.
+        StoreFailed: the store does not answer.
+        BadRevision: pointer or archive cannot be used.
+        BadSignature: it is not signed by a trusted key.
+    """
+    pointer = store.pointer()
+    assert pointer is not None  # noqa: S101 - asked without an etag
+    return pointer, revision.open_archive(store.fetch(pointer, limit), trusted, limit=limit)
+
+
+def stored(store: Store, number: int, trusted: Sequence[PublicKey], limit: int) -> Revision:
+    """Return a revision by its number, whether it is in force or not; for the errors see :func:`current`."""
+    opened = revision.open_archive(store.get(number), trusted, limit=limit)
+    if opened.number != number:
+        raise BadRevision(
+            f"the archive {revstore.object_name(number)} holds another revision",
+            found=f"revision {opened.number}",
+            expected=f"revision {number}",
+            hint="see who else writes to the store",
+            path=store.describe(),
+        )
+    return opened
+
+
+def push(
+    store: Store,
+    wanted: Wanted,
+    *,
+    key: SigningKey,
+    trusted: Sequence[PublicKey],
+    limit: int,
+    now: datetime | None = None,
+) -> Published:
+    """Publish a revision, or find that its content is in force.
+
+    Args:
+        store: where.
+        wanted: what.
+        key: signs it.
+        trusted: the keys that the nodes trust.
+        limit: of the archive, bytes.
+        now: for tests.
+
+    Raises:
+        PushConflict: somebody else pushed meanwhile.
+        BadSiteKey: no node would trust the key.
+        OlderRevision: the number is not above those in use.
+        StoreFailed: the store does not answer, or is another site's copy; or whether it is done is not known.
+        BadRevision: the archive is too large.
+    """
+    if key.public not in trusted:
+        raise BadSiteKey(
+            "the signing key is not among the public site keys: no node would take the revision",
+            found=f"key {key.public.key_id}",
+            expected=" or ".join(k.key_id for k in trusted),
+            hint="give the site's key, or put its .pub file into the folder of site keys, here and on the nodes",
+        )
+    _writable(store)
+    pointer, before = _before(store, trusted, limit)
+    if before is not None and pointer is not None and not wanted.force and wanted.number is None:  # noqa: SIM102
+        if before.content == revision.content_sha256(wanted.files):
+            return _published(before, pointer, changed=False)
+    number = _number(store, pointer, wanted.number)
+    at = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    for _ in range(_ATTEMPTS):
+        raw = revision.build(
+            wanted.files,
+            number=number,
+            previous=pointer.revision if pointer else 0,
+            author=wanted.author,
+            message=wanted.message,
+            created_at=at,
+            content_of=wanted.content_of,
+            key=key,
+        )
+        made = revision.open_archive(raw, trusted, limit=limit)
+        try:
+            store.upload(number, raw)
+        except Taken:
+            # A push that died left it, or somebody else is pushing right now: the pointer tells which.
+            if wanted.number is not None:
+                raise
+            number += 1
+            continue
+        return _move(store, made, raw, pointer, at, wanted.author)
+    raise PushConflict(
+        f"no free number was found in {_ATTEMPTS} attempts",
+        found=f"archives up to revision {number - 1}",
+        hint="others push all the time; try again",
+        path=store.describe(),
+    )
+
+
+def carry(
+    store: Store, archive: bytes, *, trusted: Sequence[PublicKey], limit: int, author: str, force: bool = False
+) -> Published:
+    """Publish a revision that was signed elsewhere, with the number that it has.
+
+    Raises:
+        OlderRevision: its number is not above those in use.
+        And see :func:`push`.
+    """
+    brought = revision.open_archive(archive, trusted, limit=limit)
+    _writable(store)
+    pointer, before = _before(store, trusted, limit)
+    if pointer is not None and before is not None and before.manifest == brought.manifest and not force:
+        return _published(before, pointer, changed=False)
+    number = _number(store, pointer, brought.number)
+    try:
+        store.upload(number, archive)
+    except Taken:
+        # The same bytes are an earlier attempt of this very push.
+        if store.get(number) != archive:
+            raise
+    return _move(store, brought, archive, pointer, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), author)
+
+
+def _writable(store: Store) -> None:
+    origin = store.replica_of()
+    if origin is not None:
+        raise StoreFailed(
+            f"this store only receives the revisions of {origin}",
+            found=f"the object {revstore.REPLICA} in {store.describe()}",
+            expected="the store that the revisions come from",
+            hint=f"push at {origin}; if that site is lost, make this store the main one (`moat-gateway store promote`)",
+        )
+    store.probe()
+
+
+def _before(store: Store, trusted: Sequence[PublicKey], limit: int) -> tuple[Pointer | None, Revision | None]:
+    """Return the pointer, and the revision in force if it can be used: a bad one is what a push heals."""
+    try:
+        pointer = store.pointer()
+    except NoRevision:
+        return None, None
+    assert pointer is not None  # noqa: S101 - asked without an etag
+    try:
+        return pointer, revision.open_archive(store.fetch(pointer, limit), trusted, limit=limit)
+    except (BadRevision, BadSignature):
+        return pointer, None
+
+
+def _number(store: Store, pointer: Pointer | None, wanted: int | None) -> int:
+    """Return the number of the new revision: never one that a node would take for an older one."""
+    there = pointer.revision if pointer else 0
+    if wanted is not None:
+        if wanted <= there:
+            raise OlderRevision(
+                f"revision {wanted} is not newer than the one in force",
+                found=f"revision {there} in {store.describe()}",
+                expected=f"{there + 1} or more",
+                hint="numbers never go back: to return to an old content use `moat-gateway config rollback`",
+            )
+        return wanted
+    number = max([there, *(s.number for s in store.list())]) + 1
+    try:
+        served = fleet.highest(fleet.from_reports(store.reports()))
+    except StoreFailed:
+        served = 0  # no bucket of reports: nothing is known
+    if served >= number:
+        raise OlderRevision(
+            "the nodes have newer revisions than the store: they would refuse the next one",
+            found=f"revision {there} in {store.describe()}; {served} on a node",
+            expected="a store that is not older than its nodes (was it restored from a backup?)",
+            hint=f"look at what is in force with `moat-gateway config status`, then push with --revision {served + 1}",
+        )
+    return number
+
+
+def _move(store: Store, made: Revision, raw: bytes, before: Pointer | None, at: str, author: str) -> Published:
+    pointer = Pointer(made.number, revstore.object_name(made.number), sha256(raw).hexdigest(), len(raw), at, author)
+    moved = store.move(pointer, before.etag if before else None)
+    # What was in force may have been another number than the one that a carried revision followed at home.
+    return replace(_published(made, moved, changed=True), previous=before.revision if before else 0)
+
+
+def _published(made: Revision, pointer: Pointer, *, changed: bool) -> Published:
+    return Published(
+        revision=made.number,
+        previous=made.previous,
+        changed=changed,
+        sha256=made.sha256,
+        content=made.content,
+        size=pointer.size,
+        author=pointer.author,
+        message=made.message,
+        pushed_at=pointer.pushed_at,
+    )
