@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,13 @@ def _load(args: argparse.Namespace) -> tuple[Settings, tuple[str, ...]]:
     return settings.load(os.environ, settings.overrides(args))
 
 
+def _named(args: argparse.Namespace, values: Settings, unknown: tuple[str, ...]) -> tuple[Settings, tuple[str, ...]]:
+    """Look at the files that were named by options, not at the revision of the node."""
+    if args.setting_config is not None or args.setting_keys is not None:
+        values = replace(values, sync_dir="")
+    return values, unknown
+
+
 def _serve(args: argparse.Namespace) -> int:
     from moat_gateway.serve import serve
 
@@ -184,7 +191,7 @@ def _sync(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    values, unknown = _load(args)
+    values, unknown = _named(args, *_load(args))
     checked, problems = preflight.check(values, os.environ)
     if checked is None:
         if args.json:
@@ -218,7 +225,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _endpoints(args: argparse.Namespace) -> int:
-    values, _unknown = _load(args)
+    values, _unknown = _named(args, *_load(args))
     found = endpoints.to_dict(values)
     if args.json:
         _print_json(found)

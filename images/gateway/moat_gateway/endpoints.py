@@ -8,6 +8,7 @@ What is shown of a destination is its host and port: the rest of a URL may be a 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from moat_gateway import config
@@ -15,6 +16,7 @@ from moat_gateway.allowlist import Destination, NotADestination, destinations_of
 from moat_gateway.errors import EndpointRefused, GatewayError
 from moat_gateway.settings import Settings
 from moat_gateway.strictyaml import dotted
+from moat_gateway.sync import nodefolder
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def collect(settings: Settings) -> tuple[list[Endpoint], list[GatewayError]]:
     a destination too, by the words of its refusal.
     """
     named: list[config.Named] = []
-    _, problems = config.read(settings.config, settings.secrets_dir, settings.allow, named)
+    _, problems = config.read(_in_force(settings), settings.secrets_dir, settings.allow, named)
     found = [Endpoint(f"config.yaml {dotted(n.at)}", n.text, n.allowed) for n in named]
     listed = {n.at for n in named if not n.allowed}
     others: list[GatewayError] = []
@@ -45,6 +47,14 @@ def collect(settings: Settings) -> tuple[list[Endpoint], list[GatewayError]]:
     if settings.store_endpoint:
         found += _store(settings)
     return list(dict.fromkeys(found)), others
+
+
+def _in_force(settings: Settings) -> Path:
+    """Return the configuration that a gateway started now would serve: of the node's revision, or the local file."""
+    if settings.sync_dir:
+        for number in nodefolder.usable_order(Path(settings.sync_dir)):
+            return nodefolder.revision_folder(Path(settings.sync_dir), number) / "config.yaml"
+    return settings.config
 
 
 def _store(settings: Settings) -> list[Endpoint]:

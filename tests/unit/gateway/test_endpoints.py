@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,23 @@ def test_every_destination_is_listed_with_the_verdict_of_the_allow_list(settings
     assert listed["environment_variables.OTEL_EXPORTER_OTLP_ENDPOINT", "otel.example:4318"] is False
     assert listed["litellm_settings.cache_params.startup_nodes[0]", "redis.example:6379"] is True
     assert listed["store_endpoint", "minio:9000"] is False
+
+
+def test_a_node_that_has_a_revision_lists_that_one_unless_a_file_is_named(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sync/revisions/3"
+    folder.mkdir(parents=True)
+    line = 'model_list: [{model_name: m, litellm_params: {model: openai/m, api_base: "http://model:8081/v1"}}]'
+    (folder / "config.yaml").write_text(line + "\n")
+    node = replace(settings, sync_dir=str(tmp_path / "sync"), store_endpoint="")
+    assert [(e.url, e.allowed) for e in endpoints.collect(node)[0]] == [("model:8081", True)]
+    monkeypatch.setenv("MOAT_SYNC_DIR", str(tmp_path / "sync"))
+    monkeypatch.setenv("MOAT_SECRETS_DIR", str(settings.secrets_dir))
+    for more in ([], ["--config", str(settings.config)]):
+        assert main(["endpoints", "--json", *more]) == 0
+        found = json.loads(capsys.readouterr().out)["endpoints"]
+        assert (len(found) == 1) is (more == []), found
 
 
 def test_what_would_call_a_public_service_by_itself_is_listed_too(settings: Settings) -> None:
