@@ -58,6 +58,8 @@ def up(console: Console, *, https_port: int, http_port: int) -> None:
     _start(steps)
     with steps.step("create a client key", "cut"):
         make_client_key(steps)
+    with steps.step("publish the configuration as a signed revision", "cut"):
+        publish(steps)
     with steps.step("chat from a container on moat-edge, plain and streamed", "cut; the container's is moat-edge"):
         _chat_inside(steps)
     with steps.step("chat from the host, plain and streamed", _PUBLISHED):
@@ -168,6 +170,20 @@ def make_client_key(steps: Steps) -> None:
     steps.console.info(f"written to {CLIENT_KEY} (mode 0600); the gateways know its hash only")
 
 
+def gateway_cli() -> list[str]:
+    """Return the argv prefix of a command of ``moat-gateway``, as the operator of a site gives it."""
+    # The option's default, written out: whoever means the other gateway has a word to exchange.
+    return [
+        places.SYSTEM_PYTHON, str(DEPLOY / "moat.pyz"), "gateway", "--dir", str(DEPLOY), "--instance", "gateway-1",
+    ]  # fmt: skip
+
+
+def publish(steps: Steps) -> None:
+    """Push ``config/`` and wait until both gateways serve it; where the store has it already, nothing is made."""
+    words = ["config", "push", str(DEPLOY / "config"), "--message", "the demo's configuration", "--wait"]
+    steps.watch([*CUT, *gateway_cli(), *words], what="publish the configuration")
+
+
 def _chat_inside(steps: Steps) -> None:
     base = ["run", "--rm", "--no-deps", "-T", "client", "ask", "--url", "https://nginx:8443"]
     base += ["--ca-file", "/run/secrets/ca.pem", "--key-file", "/run/secrets/demo.key", "--model", MODEL]
@@ -193,7 +209,6 @@ def _chat_outside(console: Console, port: int) -> None:
 
 def _write_demo_json(https_port: int) -> None:
     public = (KEYS / "moat.pub").read_text("ascii").splitlines()
-    docker = ["docker", "compose", "--project-directory", str(DEPLOY)]
     document = {
         "base_url": f"https://localhost:{https_port}",
         "ca_file": str(DEPLOY / "tls/ca.pem"),
@@ -202,9 +217,7 @@ def _write_demo_json(https_port: int) -> None:
         "public_key": next(line for line in public if line.startswith("RW")),
         "compose_project": places.PROJECT,
         "model": MODEL,
-        # config/ is mounted into the gateways at its own path too, so that a path of this host below config_dir
-        # means the same there.
-        "gateway_cli": [*docker, "exec", "-T", "gateway-1", "python3", "-m", "moat_gateway"],
+        "gateway_cli": gateway_cli(),
         "config_dir": str(DEPLOY / "config"),
     }
     write_file(DEMO_JSON, (json.dumps(document, indent=2) + "\n").encode(), 0o644, 0)
