@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moat_gateway.dryrun import DryRunUnavailable
 from moat_gateway.errors import (
     BadSignature,
     BadSiteKey,
@@ -25,7 +26,9 @@ from moat_gateway.errors import (
 #: First and longest pause (s). The object of a pointer may arrive after it (replication): asked for often.
 _FETCH = (0.25, 5.0)
 _FOLDER = (1.0, 10.0)
-#: A dry run is heavy, and fails for a busy machine at best.
+#: The dry run's process died, or was not let to its work.
+_NO_DRY_RUN = (1.0, 30.0)
+#: A dry run is heavy, and what fails once and not again failed for a busy machine at best.
 _DRY_RUN = (30.0, 600.0)
 _DEFECT = (5.0, 60.0)
 _MAX_ENTRIES = 5000  # of a watched folder; more are not looked at
@@ -69,6 +72,8 @@ def plan(problems: Sequence[BaseException], *, fetching: bool, secrets_dir: Path
     for problem in problems:
         if isinstance(problem, SyncFolderFailed):
             pauses.append(_FOLDER)
+        elif isinstance(problem, DryRunUnavailable):
+            pauses.append(_NO_DRY_RUN)
         elif isinstance(problem, DryRunFailed):
             pauses.append(_DRY_RUN)
         elif isinstance(problem, UnsetSecret | UnreadableSecret):

@@ -41,7 +41,9 @@ class NodeVet:
 
     def prepare(self, revision: Revision, *, dry_run: bool) -> bytes:
         """See :class:`moat_gateway.sync.follower.Vet`."""
-        prepared, problems = checks.check(revision.files, self._settings, dry_run=self._dry_run if dry_run else None)
+        prepared, problems = checks.check(
+            revision.files, self._settings, dry_run=self._dry_run if dry_run else None, number=revision.number
+        )
         if prepared is None or problems:
             raise Problems(problems)
         return prepared.to_json()
