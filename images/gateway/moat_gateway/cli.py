@@ -33,7 +33,7 @@ from moat_gateway import (
     tls,
 )
 from moat_gateway import ask as ask_
-from moat_gateway.errors import BadKeys, GatewayError
+from moat_gateway.errors import BadKeys, BadRevision, GatewayError, all_kinds
 from moat_gateway.settings import Settings
 
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="one JSON object on stdout")
     settings.add_options(status, "admin_socket")
 
-    reload = command("reload", _reload, "Have the running gateway read keys.yaml at once.")
+    reload = command("reload", _reload, "Have the running gateway look for a new revision, secrets and keys at once.")
     settings.add_options(reload, "admin_socket")
 
     table = command("settings", _settings, "Show the settings in force, or the reference pages.")
@@ -204,21 +204,25 @@ def _check(args: argparse.Namespace) -> int:
     summary = {
         "ok": True,
         "exit": 0,
-        "models": list(checked.config.models),
-        "deployments": checked.config.deployments,
-        "secrets": sorted(checked.config.secrets),
+        "revision": checked.served.revision,
+        "models": list(checked.models),
+        "deployments": len(checked.served.digests),
+        "secrets": sorted(checked.secrets),
         "keys": len(checked.keys.keys),
         "teams": len(checked.keys.teams),
         "egress_allow": list(values.egress_allow),
-        "config_sha256": checked.config.sha256,
+        "config_sha256": checked.served.config_sha256,
         "problems": [],
     }
     if args.json:
         _print_json(summary)
     else:
+        what = f"revision {checked.served.revision}" if checked.served.revision else str(values.config)
+        for number, e in checked.passed_over:
+            _say(f"warning: revision {number} cannot be used: {e.one_line()}")
         print(
-            f"{values.config} is right: {len(checked.config.models)} models, {checked.config.deployments} deployments, "
-            f"{len(checked.config.secrets)} secrets, {len(checked.keys.keys)} keys of {len(checked.keys.teams)} teams; "
+            f"{what} is right: {len(checked.models)} models, {len(checked.served.digests)} deployments, "
+            f"{len(checked.secrets)} secrets, {len(checked.keys.keys)} keys of {len(checked.keys.teams)} teams; "
             f"allowed destinations: {values.allow}"
         )
     return 0
@@ -307,6 +311,8 @@ def _status(args: argparse.Namespace) -> int:
     print(f"{value['name']} (pid {value['pid']}): {state}")
     print(f"  version      {value['version']}, LiteLLM {value['litellm']}, since {value['started_at']}")
     print(f"  models       {', '.join(value['models']) or 'none'}")
+    revision = value["config"]["revision"]
+    print(f"  config       {f'revision {revision}' if revision else 'local files'}, {value['config']['applied_at']}")
     print(f"  keys         {value['keys']['count']} of {value['keys']['teams']} teams")
     print(f"  requests     {value['in_flight']} in flight, {value['active_streams']} streams")
     allowed = ", ".join(value["egress"]["allow"]) or "nothing but the loopback"
@@ -317,11 +323,15 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _reload(args: argparse.Namespace) -> int:
-    code, body = adminclient.request(_load(args)[0].admin_socket, "POST", "/reload")
+    code, body = adminclient.request(_load(args)[0].admin_socket, "POST", "/reload", timeout=30)
     answer = json.loads(body)
+    config, refused = answer["config"], answer["config"]["last_refused"]
     if code != 200:
+        if refused is not None:
+            raise BadRevision(f"revision {refused['revision']} is refused: {refused['reason']}")
         problem = (answer.get("problems") or [{}])[0]
-        raise BadKeys(
+        kinds = {k.kind: k for k in all_kinds()}
+        raise kinds.get(str(problem.get("kind")), BadKeys)(
             str(problem.get("message", "the keys file was refused")),
             path=problem.get("path"),
             line=problem.get("line"),
@@ -329,7 +339,12 @@ def _reload(args: argparse.Namespace) -> int:
             expected=problem.get("expected"),
             hint="correct the file; the one before it still serves",
         )
-    print(f"{answer['keys']['count']} keys in force. Configuration: {answer['config']}")
+    what = f"revision {config['revision']}" if config["revision"] else "the local files"
+    print(f"{what} in force, {answer['keys']['count']} keys")
+    if answer["checked"] is False:
+        _say("config-sync did not answer within 2 s; what it has accepted so far was looked at")
+    if config["needs_restart"]:
+        _say(f"needs restart: {', '.join(config['needs_restart'])}")
     return 0
 
 
@@ -389,12 +404,15 @@ def _store(args: argparse.Namespace) -> int:
         args.setting_store_bucket = args.bucket[-1]
     values, _unknown = _load(args)
     state = store.init(values) if args.action == "init" else store.check(values)
+    reports_made = store.init_status(values) if args.action == "init" else False
     if args.json:
-        _print_json({"ok": True, **asdict(state)})
+        _print_json({"ok": True, **asdict(state), "status_bucket": values.store_status_bucket})
     else:
         made = "made" if state.created else "was there"
         kept = "turned on" if state.versioning_enabled else "on"
         print(f"bucket {state.bucket} at {state.endpoint}: {made}, versioning {kept}")
+        if args.action == "init":
+            print(f"bucket {values.store_status_bucket}: {'made' if reports_made else 'was there'}")
     return 0
 
 

@@ -108,6 +108,25 @@ def init(
     return BucketState(bucket, settings.store_endpoint, not there, not enabled)
 
 
+def init_status(settings: Settings, *, credentials: Credentials | None = None) -> bool:
+    """Make the bucket of the nodes' reports if it is missing; it keeps no versions. Return whether it was made.
+
+    Raises:
+        StoreFailed: the store does not answer, or refuses.
+        UnreadableSecret: a key file cannot be read.
+    """
+    client, bucket = connect(settings, credentials), settings.store_status_bucket
+    if _call(settings, "look for the bucket of reports", lambda: _exists(client, bucket)):
+        return False
+    made = _call(
+        settings,
+        "make the bucket of reports",
+        lambda: client.create_bucket(Bucket=bucket),
+        ignore=("BucketAlreadyOwnedByYou",),
+    )
+    return made is not None
+
+
 def check(settings: Settings) -> BucketState:
     """See that the bucket is there and keeps versions; change nothing.
 

@@ -2,6 +2,8 @@
 """``moat-gateway store accounts``: the buckets of a MinIO store, and the least accounts that can use them.
 
 The writer may read, list and put, but neither delete nor reach the administration; the readers may read and list.
+In the bucket of the nodes' reports, which keeps no versions, the readers (the nodes) may put reports as well, and the
+writer may remove those of a node that is gone.
 Both are explicitly denied everything of the admin interface, because MinIO otherwise lets every user change its own
 secret and make further keys that outlive a rotation.
 
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from moat_gateway import sealed, secretfiles, store
+from moat_gateway import revstore, sealed, secretfiles, store
 from moat_gateway.errors import StoreFailed, UnreadableSecret
 from moat_gateway.settings import Settings
 
@@ -80,19 +82,29 @@ def read_json(text: str) -> dict[str, str]:
     return {n: raw[n] for n in NAMES}
 
 
-def policies(buckets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the two policies for a list of buckets."""
-    whole = [f"arn:aws:s3:::{b}" for b in buckets]
-    inside = [f"arn:aws:s3:::{b}/*" for b in buckets]
+def policies(buckets: Sequence[str], status_bucket: str) -> dict[str, dict[str, Any]]:
+    """Return the two policies for a list of buckets, and the bucket of the nodes' reports."""
+    whole = [f"arn:aws:s3:::{b}" for b in (*buckets, status_bucket)]
+    inside = [f"arn:aws:s3:::{b}/*" for b in (*buckets, status_bucket)]
+    written = [f"arn:aws:s3:::{b}/*" for b in buckets]
+    reports = [f"arn:aws:s3:::{status_bucket}/{revstore.NODES}*"]
 
     def allow(actions: Sequence[str], resources: Sequence[str]) -> dict[str, Any]:
         return {"Effect": "Allow", "Action": list(actions), "Resource": list(resources)}
 
+    def statements(*each: dict[str, Any]) -> dict[str, Any]:
+        return {"Version": "2012-10-17", "Statement": list(each)}
+
     no_admin = {"Effect": "Deny", "Action": ["admin:*"]}
     read = [allow(_READ_BUCKET, whole), allow(_READ_OBJECT, inside)]
     return {
-        "moat-reader": {"Version": "2012-10-17", "Statement": [*read, no_admin]},
-        "moat-writer": {"Version": "2012-10-17", "Statement": [*read, allow(("s3:PutObject",), inside), no_admin]},
+        "moat-reader": statements(*read, allow(("s3:PutObject",), reports), no_admin),
+        "moat-writer": statements(
+            *read,
+            allow(("s3:PutObject",), written),
+            allow(("s3:PutObject", "s3:DeleteObject"), reports),
+            no_admin,
+        ),
     }
 
 
@@ -102,7 +114,8 @@ def apply(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str]
     Raises:
         StoreFailed: the store does not answer, refuses, or is not MinIO.
     """
-    for bucket in buckets:
+    status_bucket = settings.store_status_bucket
+    for bucket in (*buckets, status_bucket):
         if not _BUCKET.fullmatch(bucket):
             raise StoreFailed(f"{bucket!r} cannot be a bucket's name", expected="3 to 63 of a-z, 0-9, - and .")
     accounts = [
@@ -123,17 +136,19 @@ def apply(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str]
         state = store.init(settings, bucket=bucket, credentials=root)
         changes += [f"bucket {bucket} made"] if state.created else []
         changes += [f"versioning of {bucket} turned on"] if state.versioning_enabled else []
+    if store.init_status(settings, credentials=root):
+        changes.append(f"bucket {status_bucket} made")
     admin = Admin(settings, root)
-    changes += _policies(admin, buckets)
+    changes += _policies(admin, policies(buckets, status_bucket))
     changes += _users(admin, settings, accounts, buckets)
     if prune:
         changes += _prune(admin, accounts)
-    return Outcome(settings.store_endpoint, tuple(buckets), tuple(changes))
+    return Outcome(settings.store_endpoint, (*buckets, status_bucket), tuple(changes))
 
 
-def _policies(admin: Admin, buckets: Sequence[str]) -> list[str]:
+def _policies(admin: Admin, wanted: Mapping[str, Any]) -> list[str]:
     there, changes = json.loads(admin.call("GET", "list-canned-policies")), []
-    for name, policy in policies(buckets).items():
+    for name, policy in wanted.items():
         if name not in there or _sorted(there[name]) != _sorted(policy):
             admin.call("PUT", "add-canned-policy", {"name": name}, json.dumps(policy).encode())
             changes.append(f"policy {name} {'set' if name in there else 'made'}")

@@ -169,6 +169,21 @@ def test_a_reader_reads_and_nothing_more(accounts: Accounts) -> None:
         assert accounts.ask(reader, call, **args).get("code") == "AccessDenied", call
 
 
+def test_a_reader_reports_its_node_and_the_writer_removes_that(accounts: Accounts) -> None:
+    writer, reader = accounts.keys("writer"), accounts.keys("reader")
+    put = accounts.ask(reader, "put_object", Bucket="moat-status", Key="nodes/n1.json", Body="{}")
+    # Reports come every few seconds: the bucket keeps no versions of them, the one of revisions does.
+    assert (put["ok"], put["version"]) == (True, None)
+    assert accounts.ask(writer, "put_object", Bucket="moat-config", Key="v", Body="x")["version"] is not None
+    assert accounts.ask(reader, "get_object", Bucket="moat-status", Key="nodes/n1.json")["body"] == "{}"
+    for call, key in (("put_object", "elsewhere"), ("delete_object", "nodes/n1.json")):
+        answer = accounts.ask(reader, call, Bucket="moat-status", Key=key)
+        assert answer.get("code") == "AccessDenied", (call, answer)
+    assert accounts.ask(writer, "put_object", Bucket="moat-status", Key="elsewhere", Body="x")["code"] == "AccessDenied"
+    assert accounts.ask(writer, "delete_object", Bucket="moat-status", Key="nodes/n1.json")["ok"]
+    assert accounts.ask(writer, "get_object", Bucket="moat-status", Key="nodes/n1.json")["code"] == "NoSuchKey"
+
+
 @pytest.mark.parametrize("role", ["reader", "writer"])
 def test_neither_reaches_the_administration_nor_keeps_a_key_of_its_own(accounts: Accounts, role: str) -> None:
     keys = accounts.keys(role)

@@ -51,16 +51,25 @@ def test_nothing_that_was_tampered_with_opens() -> None:
         sealed.unseal(KEY + "x", envelope)
 
 
-def test_the_policies_allow_no_deletion_and_deny_the_administration() -> None:
-    made = storeaccounts.policies(["one", "two"])
+def test_the_policies_allow_what_each_needs_and_deny_the_administration() -> None:
+    made = storeaccounts.policies(["one", "two"], "reports")
     assert set(made) == {"moat-reader", "moat-writer"}
+    revisions, nodes = {"arn:aws:s3:::one/*", "arn:aws:s3:::two/*"}, {"arn:aws:s3:::reports/nodes/*"}
     for name, policy in made.items():
-        allowed = {a for s in policy["Statement"] if s["Effect"] == "Allow" for a in s["Action"]}
-        assert not [a for a in allowed if "*" in a or "Delete" in a or not a.startswith("s3:")]
-        assert [a for a in allowed if "Put" in a] == (["s3:PutObject"] if name == "moat-writer" else [])
+        allowed = [s for s in policy["Statement"] if s["Effect"] == "Allow"]
+        actions = {a for s in allowed for a in s["Action"]}
+        assert not [a for a in actions if "*" in a or not a.startswith("s3:")]
+        may: dict[str, set[str]] = {}
+        for statement in allowed:
+            for action in statement["Action"]:
+                may.setdefault(action, set()).update(statement["Resource"])
+        # Nobody deletes a revision; a node's report may be removed by the writer alone.
+        assert may["s3:PutObject"] == (revisions | nodes if name == "moat-writer" else nodes)
+        assert may.get("s3:DeleteObject", set()) == (nodes if name == "moat-writer" else set())
+        assert {a for a in may if "Put" in a or "Delete" in a} <= {"s3:PutObject", "s3:DeleteObject"}
         assert {"Effect": "Deny", "Action": ["admin:*"]} in policy["Statement"]
-        resources = {r for s in policy["Statement"] for r in s.get("Resource", [])}
-        assert resources == {f"arn:aws:s3:::{b}{e}" for b in ("one", "two") for e in ("", "/*")}
+        resources = {r for s in allowed for r in s["Resource"]} - nodes
+        assert resources == {f"arn:aws:s3:::{b}{e}" for b in ("one", "two", "reports") for e in ("", "/*")}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"store_root_user": "x"}', '{"store_root_user": 1}'])
