@@ -10,9 +10,11 @@ code is the command's own.
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,6 +88,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _argv(root: Path, instance: str, mounts: Sequence[str], words: Sequence[str]) -> list[str]:
+    # The container's own user and name would say nothing to whoever reads the history.
+    if words[:1] == ["config"] and words[1:2] in (["push"], ["rollback"]):
+        if not any(w == "--author" or w.startswith("--author=") for w in words):
+            words = [*words[:2], f"--author={_author()}", *words[2:]]
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     argv = ["docker", "compose", "--project-directory", str(root), "run", "--rm", "--no-deps"]
     argv += [] if terminal else ["-T"]
@@ -93,6 +99,10 @@ def _argv(root: Path, instance: str, mounts: Sequence[str], words: Sequence[str]
     for mount in mounts:
         argv += ["-v", mount]
     return [*argv, "admin", *words]
+
+
+def _author() -> str:
+    return f"{os.environ.get('SUDO_USER') or getpass.getuser()}@{socket.gethostname()}"
 
 
 @dataclass

@@ -161,3 +161,15 @@ def test_the_program_refuses_in_its_own_words(tmp_path: Path, options: list[str]
     done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(SCRIPTS)}, capture_output=True, text=True)
     assert done.returncode == 29, done.stderr
     assert words in done.stderr
+
+
+def test_a_revision_names_the_person_unless_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def author(*words: str) -> list[str]:
+        argv = gateway._argv(Path("/opt/moat"), "gateway-1", [], words)
+        assert argv[argv.index("admin") + 1 :][:1] == [words[0]]
+        return [w for w in argv if "author" in w or "@" in w]
+
+    monkeypatch.setenv("SUDO_USER", "anna")
+    assert author("config", "push", "/x")[0].startswith("--author=anna@")
+    assert author("config", "push", "/x", "--author", "bert@x") == ["--author", "bert@x"]
+    assert author("config", "status") == author("keys", "new", "push") == []
