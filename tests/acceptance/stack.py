@@ -20,8 +20,8 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_JSON = ROOT / ".moat" / "demo.json"
 SERVICES = {
-    "nginx": 10101, "gateway-1": 10102, "gateway-2": 10102, "minio": 10103, "minio-init": 10102, "valkey": 10104,
-    "model": 10105,
+    "nginx": 10101, "gateway-1": 10102, "gateway-2": 10102, "config-sync": 10102, "minio": 10103,
+    "minio-init": 10102, "valkey": 10104, "model": 10105,
 }  # fmt: skip
 RUNNING = tuple(name for name in SERVICES if name != "minio-init")
 T = TypeVar("T")
@@ -98,6 +98,16 @@ class Stack:
         """Run ``make`` in a thread that is in a service's network namespace."""
         return in_namespace(int(self.inspect(service)["State"]["Pid"]), make)
 
+    def gateway(self, *words: str, instance: str = "gateway-1", check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command of moat-gateway; ``instance`` is whom ``status`` asks."""
+        return run(*(instance if w == "gateway-1" else w for w in self.gateway_cli), *words, check=check)
+
+    def ask_gateway(self, *words: str, instance: str = "gateway-1") -> dict[str, Any]:
+        """Return what a command of moat-gateway answers with ``--json``, refusals too."""
+        done = self.gateway(*words, "--json", instance=instance, check=False)
+        raw: dict[str, Any] = json.loads(done.stdout)
+        return raw
+
     def moat(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the deployment's own moat.pyz on the system's Python."""
         return run("/usr/bin/python3", str(self.folder / "moat.pyz"), *words, check=False)
@@ -114,7 +124,8 @@ class Stack:
     def secrets(self) -> dict[str, str]:
         """Return every secret value of the deployment by its file."""
         files = [p for p in (self.folder / "secrets").rglob("*") if p.is_file() and p.suffix != ".acl"]
-        values = {p.relative_to(self.folder).as_posix(): p.read_text("ascii").strip() for p in files}
+        # The last line of each: the first one of a site key is a comment.
+        values = {p.relative_to(self.folder).as_posix(): p.read_text("ascii").split()[-1] for p in files}
         key = (self.folder / "tls/key.pem").read_text("ascii")
         return {**values, "tls/key.pem": key.splitlines()[1], "client key": self.key}
 

@@ -122,6 +122,7 @@ def test_the_default_site_tries_nothing(default: Run) -> None:
     assert (default.code, report["ok"], report["proven"], report["clean"]) == (0, True, True, True)
     components = {c["name"]: c["uid"] for c in report["components"]}
     assert components["gateway-1"] == components["gateway-2"] == components["minio-init"] == 10102
+    assert components["config-sync"] == 10102
     assert {"nginx", "minio", "valkey", "model"} < components.keys()
 
 
@@ -216,22 +217,19 @@ def test_an_attempt_names_its_process_and_its_time(leaking: Run) -> None:
     assert DELAY <= (late - early).total_seconds() < DELAY + 5
 
 
-def test_an_endpoint_outside_the_allow_list_is_listed(stack: Stack) -> None:
+def test_an_endpoint_outside_the_allow_list_is_listed(stack: Stack, tmp_path: Path) -> None:
     """The gateway refuses to start with it; the list names it all the same, without what may be secret in it."""
-    file = stack.config_dir / "config.yaml"
-    before = file.read_bytes()
     entry = """
   - model_name: planted
     litellm_params:
       model: openai/planted
       api_base: http://user:s3cret-word@203.0.113.20:8000/v1?token=s3cret-word
 """
-    try:
-        file.write_bytes(before.rstrip() + entry.encode())
-        done = run(*stack.gateway_cli, "endpoints", "--json")
-    finally:
-        file.write_bytes(before)
-    endpoints = {e["url"]: e["allowed"] for e in json.loads(done.stdout)["endpoints"]}
+    planted = tmp_path / "config.yaml"
+    planted.write_bytes((stack.config_dir / "config.yaml").read_bytes().rstrip() + entry.encode())
+    done = stack.gateway("endpoints", "--config", str(planted), "--json")
+    found = json.loads(done.stdout)["endpoints"]
+    endpoints = {e["url"]: e["allowed"] for e in found if e["setting"].startswith("config.yaml")}
     assert endpoints == {"model:8081": True, "203.0.113.20:8000": False}
     assert "s3cret-word" not in done.stdout
 

@@ -17,6 +17,13 @@ from pathlib import Path
 import pytest
 from tests.acceptance.stack import RUNNING, SERVICES, Stack, run
 
+#: Volumes; everything else that is writable is in memory, and the container's alone.
+WRITABLE = {
+    "minio": {"/data"},
+    "config-sync": {"/var/lib/moat/sync", "/run/moat-reports"},
+    "gateway-1": {"/run/moat", "/run/moat-reports"},
+    "gateway-2": {"/run/moat", "/run/moat-reports"},
+}
 NETWORKS = {name: {"moat-core"} for name in SERVICES} | {"nginx": {"moat-edge", "moat-core"}}
 
 
@@ -40,7 +47,7 @@ def test_the_engine_was_asked_for_the_hardening(stack: Stack, service: str) -> N
     assert host["LogConfig"]["Config"]["max-size"] == "10m"
     assert set(c["NetworkSettings"]["Networks"]) == NETWORKS[service]
     writable = {m["Destination"] for m in c["Mounts"] if m["RW"]}
-    assert writable == ({"/data"} if service == "minio" else set())
+    assert writable == WRITABLE.get(service, set())
     for mount in c["Mounts"]:
         inside = Path(mount["Source"]).is_relative_to(stack.folder) if mount["Type"] == "bind" else True
         assert inside, mount
@@ -100,7 +107,9 @@ def test_an_unhealthy_service_says_why_in_one_line(stack: Stack) -> None:
 
 
 def test_every_secret_has_mode_0600_and_its_services_user(stack: Stack) -> None:
-    owners = {"gateway": 10102, "minio": 10103, "minio-init": 10102, "valkey": 10104}
+    owners = {
+        "gateway": 10102, "minio": 10103, "minio-init": 10102, "valkey": 10104, "config-sync": 10102, "admin": 10102,
+    }  # fmt: skip
     found = [p for p in (stack.folder / "secrets").rglob("*") if p.is_file()]
     assert {p.parent.name for p in found} == set(owners)
     for path in [*found, stack.folder / "tls/key.pem", stack.key_file]:
@@ -115,8 +124,22 @@ def test_every_secret_has_mode_0600_and_its_services_user(stack: Stack) -> None:
 def test_a_service_sees_its_own_secrets_and_no_others(stack: Stack) -> None:
     for service in RUNNING:
         sources = {m["Source"] for m in stack.inspect(service)["Mounts"] if m["Destination"] == "/run/secrets"}
-        own = {"nginx": "tls", "model": None}.get(service, f"secrets/{service.partition('-')[0]}")
-        assert sources == (set() if own is None else {str(stack.folder / own)})
+        # config-sync checks with the gateways' secrets that they can resolve every reference.
+        own = {"nginx": "tls", "model": None, "config-sync": "secrets/gateway"}
+        mine = own.get(service, f"secrets/{service.partition('-')[0]}")
+        assert sources == (set() if mine is None else {str(stack.folder / mine)})
+        stores = {m["Source"] for m in stack.inspect(service)["Mounts"] if m["Destination"] == "/run/store-secrets"}
+        assert stores == ({str(stack.folder / "secrets/config-sync")} if service == "config-sync" else set())
+
+
+def test_the_secret_site_key_is_in_no_container_that_stays(stack: Stack) -> None:
+    folder = str(stack.folder / "secrets/admin")
+    for container in run("docker", "ps", "--quiet").stdout.split():
+        mounts = json.loads(run("docker", "inspect", "--format", "{{json .Mounts}}", container).stdout)
+        assert not [m for m in mounts if folder in m["Source"] or m["Source"] in (str(stack.folder), "/")], mounts
+    admin = json.loads(stack.compose("--profile", "tools", "config", "--format", "json").stdout)["services"]["admin"]
+    assert [v for v in admin["volumes"] if v.get("source") == folder]  # the one place where it is
+    assert admin["restart"] == "no"
 
 
 def everything_that_shows(stack: Stack) -> dict[str, str]:

@@ -130,7 +130,7 @@ def test_containers_have_no_ipv6_but_a_loopback(stack: Stack) -> None:
 
 def test_the_gateways_refuse_by_themselves_too(stack: Stack) -> None:
     """The innermost layer: the gateway's own guard, before any packet; its count is in its status."""
-    status = json.loads(run(*stack.gateway_cli, "status", "--json").stdout)
+    status = stack.ask_gateway("status")
     assert status["egress"]["denied"] == 0
     assert status["egress"]["allow"] == ["model:8081"]
 
