@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import socket
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,14 @@ from moat_gateway.status import State
 SOCKET_MODE = 0o660
 
 
-def admin_app(state: State, log: Log) -> ASGIApp:
-    """Return the admin socket's application."""
+def admin_app(state: State, log: Log, reload: Callable[[], Awaitable[dict[str, Any]]]) -> ASGIApp:
+    """Return the admin socket's application.
+
+    Args:
+        state: of the gateway.
+        log: for ``admin.reload``.
+        reload: looks for changes at once, and says what it found.
+    """
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,16 +39,9 @@ def admin_app(state: State, log: Log) -> ASGIApp:
             text = state.metrics().encode()
             await send_bytes(send, 200, text, "text/plain; version=0.0.4; charset=utf-8")
         elif asked == ("POST", "/reload"):
-            ok = await asyncio.to_thread(lambda: state.keys.refresh(force=True))
-            log.event("admin.reload", "info" if ok else "error", ok=ok)
-            problem = state.keys.problem
-            body: dict[str, Any] = {
-                "ok": ok,
-                "keys": {"count": len(state.keys.current.keys), "sha256": state.keys.current.sha256},
-                "config": "not available: the configuration is read at the start; restart the gateway",
-                "problems": [problem.to_dict()] if problem is not None else [],
-            }
-            await send_json(send, 200 if ok else 409, body)
+            body = await reload()
+            log.event("admin.reload", "info" if body["ok"] else "error", ok=body["ok"])
+            await send_json(send, 200 if body["ok"] else 409, body)
         else:
             await send_json(send, 404, {"error": "there are GET /status, GET /metrics, POST /reload"})
 

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ from moat_gateway import (
     __version__,
     adminclient,
     cliconfig,
+    clikeys,
+    clistore,
     endpoints,
     events,
-    keyfile,
-    keys,
     metrics,
     preflight,
     settings,
-    store,
-    storeaccounts,
     tls,
 )
 from moat_gateway import ask as ask_
@@ -65,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
     settings.add_options(listing)
 
-    _keys_parser(command("keys", _keys, "Make, list and revoke client keys in keys.yaml."))
+    clikeys.add_parser(command("keys", clikeys.run, "Make, list, rotate and revoke client keys in keys.yaml."))
 
     status = command("status", _status, "Ask the running gateway how it is.")
     status.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -90,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     sync = command("sync", _sync, "Bring signed revisions to this node's gateways; runs until SIGTERM.")
     settings.add_options(sync)
 
-    _store_parser(command("store", _store, "Make or check the bucket of configuration revisions, and its accounts."))
+    clistore.add_parser(
+        command("store", clistore.run, "Make or check the bucket of configuration revisions, and its accounts.")
+    )
 
     tls_parser = command("tls", _tls, "Make a local certificate authority and a server certificate.")
     tls_parser.add_argument("action", choices=("self-signed",))
@@ -109,45 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     tls_parser.add_argument("--ip", action="append", default=[], help="IP address of the server; repeat for more")
     tls_parser.add_argument("--days", type=int, default=825, help="how long it counts (default 825)")
     return parser
-
-
-def _keys_parser(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--keys", "--file", dest="setting_keys", metavar="FILE", help="the keys file (MOAT_KEYS)")
-    new = actions.add_parser("new", parents=[shared], help="make a key; its secret is shown once")
-    new.add_argument("id_positional", nargs="?", metavar="ID", help="id of the key in logs")
-    new.add_argument("--id", dest="id_option", help="the same as an option")
-    new.add_argument("--team", required=True, help="id of its team")
-    new.add_argument(
-        "--create-team", action="store_true", help="make the team if it is not there (with --models, or all)"
-    )
-    new.add_argument("--models", help="model names it may use, with commas; default: the team's")
-    new.add_argument("--not-after", metavar="DATE", help="last day (2027-06-30), or a time with its zone")
-    new.add_argument("--out", type=Path, metavar="FILE", help="write the secret there (mode 0600) instead of stdout")
-    listing = actions.add_parser("list", parents=[shared], help="list teams and keys")
-    listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    revoke = actions.add_parser("revoke", parents=[shared], help="remove a key")
-    revoke.add_argument("id", metavar="ID")
-
-
-def _store_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("init", "check", "accounts"))
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--endpoint", dest="setting_store_endpoint", help="short for --store-endpoint")
-    parser.add_argument("--bucket", action="append", metavar="NAME", help="a bucket; with `accounts` repeat for more")
-    secrets = parser.add_mutually_exclusive_group()
-    secrets.add_argument(
-        "--secrets",
-        type=Path,
-        metavar="DIR",
-        help="accounts: folder with store_root_user, store_writer_secret_key, ...",
-    )
-    secrets.add_argument(
-        "--secrets-stdin", action="store_true", help="accounts: the same as one JSON object on standard input"
-    )
-    parser.add_argument("--prune", action="store_true", help="accounts: remove those of earlier keys")
-    settings.add_options(parser, *(s.name for s in settings.SETTINGS if s.name.startswith("store_")))
 
 
 def _ask_parser(parser: argparse.ArgumentParser) -> None:
@@ -238,68 +199,6 @@ def _endpoints(args: argparse.Namespace) -> int:
         print(f"{'allowed' if e['allowed'] else 'REFUSED':<8} {e['url']:<40} {e['setting']}")
     print(f"allowed destinations: {values.allow}")
     return 0
-
-
-def _keys(args: argparse.Namespace) -> int:
-    path = _load(args)[0].keys
-    if args.action == "new":
-        return _keys_new(args, path)
-    if args.action == "revoke":
-        keyfile.revoke(path, args.id)
-        _say(f"{args.id} is revoked; running gateways see it within a second")
-        return 0
-    now = keys.read(path)
-    if args.json:
-        _print_json(
-            {
-                "ok": True,
-                "teams": [asdict(t) for t in now.teams.values()],
-                "keys": [{"id": k.id, "team": k.team, "models": k.models, "not_after": _moment(k)} for k in now.keys],
-            }
-        )
-        return 0
-    for t in now.teams.values():
-        print(f"team {t.id}: models {', '.join(t.models)}")
-    for k in now.keys:
-        models = ", ".join(k.models or ("of the team",))
-        print(f"key  {k.id}: team {k.team}, models {models}, ends {_moment(k) or 'never'}")
-    return 0
-
-
-def _keys_new(args: argparse.Namespace, path: Path) -> int:
-    key_id = args.id_option or args.id_positional
-    if not key_id or (args.id_option and args.id_positional):
-        raise BadKeys("the key needs one id", expected="moat-gateway keys new ID --team TEAM")
-    names = [m.strip() for m in args.models.split(",") if m.strip()] if args.models else None
-    secret = keys.new_secret()
-    out = _open_new(args.out) if args.out else None
-    try:
-        keyfile.new_key(
-            path, key_id, args.team, models=names, not_after=args.not_after, create_team=args.create_team, secret=secret
-        )
-    except BaseException:
-        if out is not None:
-            os.close(out)
-            args.out.unlink(missing_ok=True)
-        raise
-    if out is None:
-        print(secret)
-    else:
-        with os.fdopen(out, "w", encoding="ascii") as f:
-            f.write(secret + "\n")
-    _say(f"{key_id} is in {path}; this is the only time that its secret is shown")
-    return 0
-
-
-def _open_new(path: Path) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as e:
-        raise BadKeys("the secret cannot be written", found=e.strerror or str(e), path=str(path)) from e
-
-
-def _moment(key: keys.Key) -> str | None:
-    return key.not_after.isoformat().replace("+00:00", "Z") if key.not_after is not None else None
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -394,39 +293,6 @@ def _ask(args: argparse.Namespace) -> int:
         f"\n--- {first}{answer.seconds:.2f} s in all; tokens: {u['prompt_tokens']} + {u['completion_tokens']} = "
         f"{u['total_tokens']}; request id {answer.request_id}"
     )
-    return 0
-
-
-def _store(args: argparse.Namespace) -> int:
-    if args.action == "accounts":
-        return _store_accounts(args)
-    if args.bucket:
-        args.setting_store_bucket = args.bucket[-1]
-    values, _unknown = _load(args)
-    state = store.init(values) if args.action == "init" else store.check(values)
-    reports_made = store.init_status(values) if args.action == "init" else False
-    if args.json:
-        _print_json({"ok": True, **asdict(state), "status_bucket": values.store_status_bucket})
-    else:
-        made = "made" if state.created else "was there"
-        kept = "turned on" if state.versioning_enabled else "on"
-        print(f"bucket {state.bucket} at {state.endpoint}: {made}, versioning {kept}")
-        if args.action == "init":
-            print(f"bucket {values.store_status_bucket}: {'made' if reports_made else 'was there'}")
-    return 0
-
-
-def _store_accounts(args: argparse.Namespace) -> int:
-    values, _unknown = _load(args)
-    if args.secrets_stdin:
-        secrets = storeaccounts.read_json(sys.stdin.read(1 << 16))
-    else:
-        secrets = storeaccounts.read_folder(args.secrets or values.secrets_dir)
-    done = storeaccounts.apply(values, secrets, args.bucket or [values.store_bucket], prune=args.prune)
-    if args.json:
-        _print_json({"ok": True, "exit": 0, "changed": bool(done.changes), **asdict(done), "problems": []})
-    else:
-        print(f"store {done.endpoint}: {'; '.join(done.changes) or 'buckets and accounts were right'}")
     return 0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys in force: the last good ``keys.yaml``, read again when the file changes, never replaced by a bad one."""
+"""The keys in force: of the revision that serves, or the last good local ``keys.yaml``, read again when it changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import hmac
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,23 +15,15 @@ from moat_gateway import keys
 from moat_gateway.errors import BadKeys
 from moat_gateway.keys import Identity, KeySet, Verdict
 from moat_gateway.logs import Log
-
-_Stamp = tuple[int, int, int, int]
-
-
-def _stamp(path: Path) -> _Stamp | None:
-    try:
-        s = path.stat()
-    except OSError:
-        return None
-    return s.st_mtime_ns, s.st_ino, s.st_size, s.st_ctime_ns
+from moat_gateway.secretfiles import Stamp
+from moat_gateway.secretfiles import stamp as _stamp
 
 
 class KeyStore:
     """Answers who a secret belongs to.
 
     Args:
-        path: the keys file; it must be good at the start (:meth:`load_first`).
+        path: the keys file; it must be good at the start (:meth:`load_first`), unless a revision's keys serve.
         master_sha256: hex sha256 of the administrator's key.
         log: for ``keys.loaded`` and ``keys.refused``.
         now: the clock, UTC.
@@ -40,14 +32,16 @@ class KeyStore:
     def __init__(
         self, path: Path, master_sha256: str, log: Log, now: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
-        self._path = path
+        self._path: Path | None = path  # None: the keys are those of a revision
         self._master = master_sha256
         self._log = log
         self._now = now
-        self._seen: _Stamp | None = None
+        self._seen: Stamp | None = None
         self._lock = threading.Lock()  # one reader at a time: the poll and POST /reload
         self.current = KeySet()
         self.problem: BadKeys | None = None
+        #: Looks at once whether there is a newer revision; for a key that nobody knows.
+        self.look_for_revision: Callable[[], Awaitable[bool]] | None = None
 
     def load_first(self) -> None:
         """Read the file for the first time.
@@ -55,9 +49,23 @@ class KeyStore:
         Raises:
             BadKeys: there is no good file to begin with.
         """
+        assert self._path is not None  # noqa: S101 - no revision has served yet
         self._seen = _stamp(self._path)
         self.current = keys.read(self._path)
         self._log_loaded()
+
+    def replace(self, key_set: KeySet) -> None:
+        """Put the keys of a revision into force; from then on the local file does not count."""
+        self._path = None
+        self.problem = None
+        changed = key_set.sha256 != self.current.sha256
+        self.current = key_set
+        if changed:
+            self._log_loaded()
+
+    def set_master(self, sha256: str) -> None:
+        """Put another administrator's key into force; the one before does not count any more."""
+        self._master = sha256
 
     def identify(self, secret: str) -> Identity | Verdict:
         """Say whose secret this is now."""
@@ -73,18 +81,23 @@ class KeyStore:
         for the next look.
         """
         with self._lock:
-            before = _stamp(self._path)
+            path = self._path
+            if path is None:
+                return True
+            before = _stamp(path)
             if before == self._seen and not force:
                 return self.problem is None
             try:
-                loaded = keys.read(self._path)
-                if _stamp(self._path) != before:
+                loaded = keys.read(path)
+                if _stamp(path) != before:
                     return self.problem is None
             except BadKeys as e:
                 self._seen = before
                 self.problem = e
                 self._log.event("keys.refused", "error", message=e.one_line())
                 return False
+            if self._path is None:  # a revision came in between
+                return True
             self._seen = before
             self.problem = None
             changed = loaded.sha256 != self.current.sha256
@@ -99,7 +112,9 @@ class KeyStore:
         For a key that nobody knows: it may be younger than the last poll, and the first request with a new key is
         the one that a person makes by hand. A refusal costs one ``stat`` more.
         """
-        if _stamp(self._path) == self._seen:
+        if self.look_for_revision is not None and await self.look_for_revision():
+            return True
+        if self._path is None or _stamp(self._path) == self._seen:
             return False
         await asyncio.to_thread(self.refresh)
         return True
@@ -108,7 +123,7 @@ class KeyStore:
         """Look at the file every ``interval`` seconds, for ever; reading happens off the event loop."""
         while True:
             await asyncio.sleep(interval)
-            if _stamp(self._path) != self._seen:
+            if self._path is not None and _stamp(self._path) != self._seen:
                 await asyncio.to_thread(self.refresh)
 
     def _log_loaded(self) -> None:

@@ -26,7 +26,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("moat_request_seconds_total", "counter", "Seconds that ended requests took, streams included.", None),
     Metric("moat_auth_refused_total", "counter", "Requests refused for their key.", "reason"),
     Metric("moat_egress_denied_total", "counter", "Connections and look-ups refused because they are not in the allow-list."),
-    Metric("moat_config_revision", "gauge", "Revision of the configuration; 0 for a local file."),
+    Metric("moat_config_revision", "gauge", "Revision of the configuration in force; 0 for local files."),
+    Metric("moat_config_reload_total", "counter", "Changes of configuration or secrets that were applied, refused, or found to need a restart.", "result"),
+    Metric("moat_config_staleness_seconds", "gauge", "Seconds since the source of revisions last answered config-sync; 0 without config-sync."),
+    Metric("moat_config_loop_blocked_seconds", "gauge", "Longest time for which a change has held the event loop so far."),
+    Metric("moat_secrets_degraded", "gauge", "Secret files that cannot be used, so that an older value counts."),
     Metric("moat_keys", "gauge", "Client keys in force."),
     Metric("moat_keys_degraded", "gauge", "1 while the keys file is bad and an older one serves."),
     Metric("moat_start_seconds", "gauge", "Seconds from the start of the process to ready."),
@@ -34,6 +38,7 @@ METRICS: tuple[Metric, ...] = (
 
 CODE_CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 REFUSALS = ("missing", "unknown", "expired")
+RELOADS = ("applied", "refused", "restart")
 
 
 class Counters:
@@ -45,6 +50,7 @@ class Counters:
         self.seconds = 0.0
         self.requests = dict.fromkeys(CODE_CLASSES, 0)
         self.refused = dict.fromkeys(REFUSALS, 0)
+        self.reloads = dict.fromkeys(RELOADS, 0)
 
 
 Sample = float | Mapping[str, float]
@@ -79,6 +85,7 @@ def markdown() -> str:
         "|---|---|---|---|",
         *(f"| `{m.name}` | {m.type} | {f'`{m.label}`' if m.label else ''} | {m.help} |" for m in METRICS),
         "",
-        f"Values of `code`: {', '.join(CODE_CLASSES)}. Values of `reason`: {', '.join(REFUSALS)}.",
+        f"Values of `code`: {', '.join(CODE_CLASSES)}. Values of `reason`: {', '.join(REFUSALS)}. Values of "
+        f"`result`: {', '.join(RELOADS)}.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Secrets come from files, one value a file; they are read once at the start and never logged.
+"""Secrets come from files, one value a file; they are read again when they change, and never logged.
 
 A reference ``os.environ/NAME`` of the LiteLLM configuration is answered by the file ``NAME`` in the secrets folder,
 or, if there is none, by the file ``name`` in lower case. The inherited environment is never asked: it is visible to
@@ -9,11 +9,11 @@ whoever may inspect the container.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moat_gateway.errors import BadMasterKey, UnreadableSecret
+from moat_gateway.errors import BadMasterKey, GatewayError, UnreadableSecret
 
 MASTER_KEY_MIN = 32  # characters
 _MAX_BYTES = 64 << 10
@@ -127,3 +127,74 @@ def read_master_key(path: Path) -> str:
             path=str(path),
         )
     return key
+
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamp(path: Path) -> Stamp | None:
+    """Return what changes whenever a file is replaced, written or swapped behind a link, or ``None``."""
+    try:
+        s = path.stat()
+    except OSError:
+        return None
+    return s.st_mtime_ns, s.st_ino, s.st_size, s.st_ctime_ns
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the files held at one look.
+
+    Attributes:
+        values: the last good value of each name; a name that never had one is missing.
+        problems: the names whose file cannot be used now, and why.
+        news: the problems that were not there at the look before.
+    """
+
+    values: Mapping[str, str] = field(repr=False)
+    problems: Mapping[str, GatewayError] = field(default_factory=dict)
+    news: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Known:
+    stamp: Stamp | None
+    value: str | None = field(repr=False)
+    problem: GatewayError | None
+
+
+class Watch:
+    """Reads files again when they change, and keeps the last good value of each.
+
+    Args:
+        read: reads one file; what it raises is the file's problem.
+    """
+
+    def __init__(self, read: Callable[[Path], str] = read_value) -> None:
+        self._read = read
+        self._known: dict[Path, _Known] = {}
+
+    def look(self, files: Mapping[str, Path]) -> Look:
+        """Look at these files; the price of an unchanged one is a ``stat``. Files that are not named are forgotten."""
+        known = {path: self._at(path) for path in dict.fromkeys(files.values())}
+        before, self._known = self._known, known
+        values = {n: v for n, path in files.items() if (v := known[path].value) is not None}
+        problems = {n: p for n, path in files.items() if (p := known[path].problem) is not None}
+        news = tuple(n for n, p in problems.items() if (b := before.get(files[n])) is None or b.problem is not p)
+        return Look(values, problems, news)
+
+    def _at(self, path: Path) -> _Known:
+        old = self._known.get(path)
+        for _ in range(3):
+            before = stamp(path)
+            if old is not None and before == old.stamp:
+                return old
+            try:
+                value: str | None = self._read(path)
+                problem: GatewayError | None = None
+            except GatewayError as e:
+                value, problem = (old.value if old is not None else None), e
+            if stamp(path) == before:
+                return _Known(before, value, problem)
+        # It is being written: the next look finds it whole.
+        return old or _Known((0, 0, 0, 0), value, problem)

@@ -17,22 +17,31 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from moat_gateway import __version__, app, litellm_port, preflight
+from moat_gateway import __version__, app, hardening, litellm_port, preflight
 from moat_gateway.admin import admin_app, open_socket
 from moat_gateway.allowlist import as_address
 from moat_gateway.egress import EgressGuard
 from moat_gateway.errors import CannotListen, GatewayError, LiteLLMRefused
 from moat_gateway.keystore import KeyStore
+from moat_gateway.litellm_port import EffectiveFile, Serving
+from moat_gateway.live import Live, Situation
 from moat_gateway.logs import Log, adopt_loggers, capture_everything, where_of
 from moat_gateway.notify import Notifier
 from moat_gateway.preflight import Checked
+from moat_gateway.reloader import Reloader
 from moat_gateway.settings import Settings
 from moat_gateway.stages import ASGIApp, Message, Receive, Scope, Send
 from moat_gateway.status import State
+from moat_gateway.sync.files import timestamp
+
+#: The gateway ended in its turn, to be started again (``RestartForceExitStatus=`` of its unit).
+RESTART_EXIT = 75
+_TURN = "turn"
 
 
 def serve(settings: Settings, unknown: tuple[str, ...]) -> int:
-    """Run the gateway until SIGTERM or SIGINT; return its exit code."""
+    """Run the gateway until SIGTERM, SIGINT or its turn to restart; return its exit code."""
+    hardening.forbid_core_dumps()
     begun = time.monotonic() - _age_of_process()
     stderr = os.fdopen(os.dup(2), "w", buffering=1)
     log = capture_everything(settings.log_level)
@@ -68,7 +77,7 @@ def _serve(settings: Settings, unknown: tuple[str, ...], log: Log, begun: float)
     checked, problems = preflight.check(settings, os.environ)
     if checked is None:
         raise _Refused(problems)
-    log.hide([checked.master_key, *checked.config.secrets.values()])
+    log.hide([checked.master_key, *checked.secrets.values()])
     log.event(
         "start.begin",
         version=__version__,
@@ -81,17 +90,16 @@ def _serve(settings: Settings, unknown: tuple[str, ...], log: Log, begun: float)
         log.event("environment.ignored", "warning", names=list(ignored))
     # Until the event loop takes signals over, an end must still run what is in the `finally` clauses.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    written = litellm_port.prepare_environment(
-        os.environ, checked.config, checked.master_key, settings.shutdown_timeout
-    )
+    file = EffectiveFile()
     try:
-        _serve_checked(settings, checked, log, begun)
+        wanted = checked.served.wanted(checked.secrets)
+        litellm_port.prepare_environment(os.environ, wanted, checked.master_key, settings.shutdown_timeout, file.path)
+        return _serve_checked(settings, checked, Serving(file), log, begun)
     finally:
-        litellm_port.remove_effective(written)
-    return 0
+        file.remove()
 
 
-def _serve_checked(settings: Settings, checked: Checked, log: Log, begun: float) -> None:
+def _serve_checked(settings: Settings, checked: Checked, serving: Serving, log: Log, begun: float) -> int:
     guard = EgressGuard(
         settings.allow,
         lambda operation, destination, count: log.event(
@@ -102,21 +110,34 @@ def _serve_checked(settings: Settings, checked: Checked, log: Log, begun: float)
     notifier = Notifier(os.environ)
     notifier.status("loading LiteLLM")
     store = KeyStore(settings.keys, checked.master_sha256, log)
-    store.load_first()
-    state = State(settings, checked.config, store, guard)
+    if checked.served.revision:
+        store.replace(checked.keys)
+    else:
+        store.load_first()
+    state = State(settings, _situation(checked, log), store, guard)
     # Both sockets are opened before the long import: a port in use is said at once.
     admin_socket = open_socket(settings.admin_socket)
     try:
         with _public_socket(settings) as public_socket:
             litellm_app = litellm_port.import_app()
+            serving.before_start(checked.served.wanted(checked.secrets))
             adopt_loggers(log)
-            process = _Process(settings, state, log, begun, notifier)
+            process = _Process(settings, state, serving, checked, log, begun, notifier)
             # A plain asyncio.run: uvloop would open sockets past the egress guard.
-            asyncio.run(process.run(litellm_app, public_socket, admin_socket))
+            return asyncio.run(process.run(litellm_app, public_socket, admin_socket))
     finally:
         admin_socket.close()
         with contextlib.suppress(OSError):
             settings.admin_socket.unlink()
+
+
+def _situation(checked: Checked, log: Log) -> Situation:
+    for number, e in checked.passed_over:
+        log.event("config.refused", "error", revision=number, kind=e.kind, message=e.one_line())
+    if checked.passed_over:
+        log.event("config.fallback", "warning", revision=checked.served.revision)
+    lines = [f"config: revision {n} could not be used at the start: {e.one_line()}" for n, e in checked.passed_over]
+    return Situation(checked.served, timestamp(), passed_over=tuple(lines))
 
 
 @contextlib.contextmanager
@@ -140,8 +161,19 @@ def _public_socket(settings: Settings) -> Generator[socket.socket]:
 class _Process:
     """The two servers of one event loop, and the way they end."""
 
-    def __init__(self, settings: Settings, state: State, log: Log, begun: float, notifier: Notifier) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        state: State,
+        serving: Serving,
+        checked: Checked,
+        log: Log,
+        begun: float,
+        notifier: Notifier,
+    ) -> None:
         self._notifier = notifier
+        self._serving = serving
+        self._checked = checked
         self._settings = settings
         self._state = state
         self._log = log
@@ -150,7 +182,8 @@ class _Process:
         self._signal = ""
         self._failure: GatewayError | None = None
 
-    async def run(self, litellm_app: ASGIApp, public_socket: socket.socket, admin_socket: socket.socket) -> None:
+    async def run(self, litellm_app: ASGIApp, public_socket: socket.socket, admin_socket: socket.socket) -> int:
+        """Serve to the end; return the exit code."""
         import uvicorn
 
         loop = asyncio.get_running_loop()
@@ -162,6 +195,10 @@ class _Process:
         loop.set_exception_handler(self._loop_exception)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        state = self._state
+        live = Live(self._settings, state.situation, self._serving, state.keys, state.counters, self._log)
+        reloader = Reloader(state, live, self._log, self._restart)
+        live.told = reloader.told
         composed = app.compose(self._watch_start(litellm_app), self._state, self._log)
 
         class Server(uvicorn.Server):  # type: ignore[misc]
@@ -197,7 +234,7 @@ class _Process:
         )
         admin = Server(
             uvicorn.Config(
-                admin_app(self._state, self._log),
+                admin_app(self._state, self._log, reloader.reload),
                 http="h11",
                 ws="none",
                 lifespan="off",
@@ -209,15 +246,51 @@ class _Process:
             asyncio.create_task(admin.serve([admin_socket])),
             asyncio.create_task(self._serve_public(public, public_socket)),
         ]
-        poll = asyncio.create_task(self._state.keys.poll(self._settings.keys_poll))
+        side = [
+            asyncio.create_task(self._state.keys.poll(self._settings.keys_poll)),
+            asyncio.create_task(self._follow(live, reloader)),
+        ]
         try:
             await tasks[1]
         finally:
-            poll.cancel()
+            for task in side:
+                task.cancel()
+            await asyncio.gather(*side, return_exceptions=True)
+            live.close()
+            await reloader.last_report(comes_back=self._signal == _TURN)
             admin.should_exit = True
-            await asyncio.gather(*tasks, poll, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         if self._failure is not None:
             raise self._failure
+        return RESTART_EXIT if self._signal == _TURN else 0
+
+    async def _follow(self, live: Live, reloader: Reloader) -> None:
+        """Follow changes from when LiteLLM serves to the end."""
+        loop = asyncio.get_running_loop()
+        reloads: set[asyncio.Task[Any]] = set()
+
+        def hang_up() -> None:
+            task = asyncio.ensure_future(self._reload_by_signal(reloader))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        report = asyncio.create_task(reloader.run())
+        try:
+            while not self._state.loaded:
+                await asyncio.sleep(0.02)
+            live.begin(self._checked.secrets, self._checked.master_key)
+            self._state.keys.look_for_revision = live.look
+            reloader.told()
+            await live.run()
+        finally:
+            report.cancel()
+            await asyncio.gather(report, *reloads, return_exceptions=True)
+
+    async def _reload_by_signal(self, reloader: Reloader) -> None:
+        if self._state.loaded:
+            ok = (await reloader.reload())["ok"]
+            self._log.event("admin.reload", "info" if ok else "error", ok=ok)
 
     async def _serve_public(self, server: Any, sock: socket.socket) -> None:
         serving = asyncio.create_task(server.serve([sock]))
@@ -256,7 +329,14 @@ class _Process:
             self._log.event("shutdown.cut", "warning", in_flight=self._state.counters.in_flight)
 
     def _on_signal(self, number: int) -> None:
-        self._signal = signal.Signals(number).name
+        self._end(signal.Signals(number).name)
+
+    def _restart(self) -> None:
+        self._end(_TURN)
+
+    def _end(self, why: str) -> None:
+        # A SIGTERM that comes while the turn is drained for means the end for good.
+        self._signal = why
         self._state.draining = True
         self._stop.set()
 
@@ -290,16 +370,13 @@ class _Process:
 
     def _loaded(self) -> None:
         litellm_port.verify()
+        self._serving.after_start()
         adopt_loggers(self._log)
         state = self._state
-        state.dropped = max(0, state.config.deployments - litellm_port.deployments())
+        expected = len(state.situation.served.digests)
+        state.dropped = max(0, expected - litellm_port.deployments())
         if state.dropped:
-            self._log.event(
-                "config.deployments_dropped",
-                "error",
-                expected=state.config.deployments,
-                found=litellm_port.deployments(),
-            )
+            self._log.event("config.deployments_dropped", "error", expected=expected, found=litellm_port.deployments())
         # From here on a library's message may quote a prompt.
         self._log.serving = True
 

@@ -9,12 +9,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from moat_gateway import __version__, litellm_port, metrics
-from moat_gateway.config import CheckedConfig
 from moat_gateway.egress import EgressGuard
 from moat_gateway.keystore import KeyStore
+from moat_gateway.live import Situation
 from moat_gateway.metrics import Counters
 from moat_gateway.settings import Settings
+from moat_gateway.sync.files import boot_id, boottime
+from moat_gateway.sync.reports import GatewayRefused, Report
 
+# ruff: noqa: E501 - a table whose rows are sentences
 #: The fields of ``GET /status`` and what each means (docs/gateway.md; a test compares).
 STATUS_FIELDS: dict[str, str] = {
     "name": "the setting `instance`",
@@ -24,9 +27,9 @@ STATUS_FIELDS: dict[str, str] = {
     "started_at": "UTC",
     "ready": "whether `/_moat/ready` says 200",
     "not_ready": "why not; empty when ready",
-    "draining": "whether SIGTERM has been received",
+    "draining": "whether it is ending: SIGTERM, or its turn to restart",
     "models": "names that clients use",
-    "config": "`sha256` of the configuration file in force, `revision` (0 for a local file)",
+    "config": "`sha256` of the configuration file in force, `revision` (0 for local files), `applied_at`, `last_refused` (`revision`, `reason`), `needs_restart` (names), `staleness_seconds` and `source` of revisions (`kind`, `where`, `reachable`, `why`)",
     "keys": "`count`, `teams`, `sha256` of the keys file in force",
     "in_flight": "requests that are being served",
     "active_streams": "streamed answers that have begun and not ended",
@@ -41,19 +44,19 @@ class State:
 
     Attributes:
         settings: in force.
-        config: in force.
+        situation: what serves, and what stands in the way of what should.
         keys: the key store.
         egress: the guard.
         counters: of the meter and identity stages.
         started_at: of the process.
         loaded: LiteLLM has loaded the configuration and was verified.
-        draining: SIGTERM has been received.
+        draining: the end has begun.
         start_seconds: from the start of the process to ready.
         dropped: deployments that LiteLLM left out.
     """
 
     settings: Settings
-    config: CheckedConfig
+    situation: Situation
     keys: KeyStore
     egress: EgressGuard
     counters: Counters = field(default_factory=Counters)
@@ -78,8 +81,46 @@ class State:
         if self.keys.problem is not None:
             out.append(f"keys: an older file serves: {self.keys.problem.one_line()}")
         if self.dropped:
-            out.append(f"models: LiteLLM left out {self.dropped} of {self.config.deployments} deployments")
-        return out
+            out.append(f"models: LiteLLM left out {self.dropped} of the deployments")
+        return out + self.situation.degraded(self.settings)
+
+    @property
+    def started(self) -> str:
+        """When the process was started; no two starts have the same."""
+        return self.started_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    def report(self) -> Report:
+        """Return what config-sync is told."""
+        s = self.situation
+        return Report(
+            name=self.settings.instance,
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            beat_boottime=boottime(),
+            revision=s.served.revision,
+            sha256=s.served.sha256,
+            applied_at=s.applied_at,
+            ready=not self.not_ready(),
+            draining=self.draining,
+            started_at=self.started,
+            degraded=tuple(self.degraded()),
+            last_refused=GatewayRefused(*s.last_refused) if s.last_refused is not None else None,
+            needs_restart=s.needs_restart,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return the field ``config`` of the status."""
+        s = self.situation
+        source = s.sync.source if s.sync is not None else None
+        return {
+            "sha256": s.served.config_sha256,
+            "revision": s.served.revision,
+            "applied_at": s.applied_at,
+            "last_refused": {"revision": s.last_refused[0], "reason": s.last_refused[1]} if s.last_refused else None,
+            "needs_restart": list(s.needs_restart),
+            "staleness_seconds": round(s.staleness(), 1),
+            "source": dict(vars(source)) if source is not None else None,
+        }
 
     def status(self) -> dict[str, Any]:
         """Return the body of ``GET /status``."""
@@ -93,7 +134,7 @@ class State:
             "not_ready": list(self.not_ready()),
             "draining": self.draining,
             "models": list(litellm_port.models()) if self.loaded else [],
-            "config": {"sha256": self.config.sha256, "revision": 0},
+            "config": self.config(),
             "keys": {
                 "count": len(self.keys.current.keys),
                 "teams": len(self.keys.current.teams),
@@ -117,7 +158,11 @@ class State:
                 "moat_request_seconds_total": lambda: c.seconds,
                 "moat_auth_refused_total": lambda: c.refused,
                 "moat_egress_denied_total": lambda: self.egress.denied_total,
-                "moat_config_revision": lambda: 0,
+                "moat_config_revision": lambda: self.situation.served.revision,
+                "moat_config_reload_total": lambda: c.reloads,
+                "moat_config_staleness_seconds": lambda: round(self.situation.staleness(), 1),
+                "moat_config_loop_blocked_seconds": lambda: self.situation.loop_blocked,
+                "moat_secrets_degraded": lambda: len(self.situation.secret_problems),
                 "moat_keys": lambda: len(self.keys.current.keys),
                 "moat_keys_degraded": lambda: float(self.keys.problem is not None),
                 "moat_start_seconds": lambda: self.start_seconds,

@@ -11,6 +11,8 @@ before it is needed: importing it takes seconds.
 
 from __future__ import annotations
 
+from moat_gateway.litellm_port.effective import EffectiveFile
+from moat_gateway.litellm_port.live import NeedsRestart, Serving, Wanted, callback_counts, set_master_key
 from moat_gateway.litellm_port.start import (
     OFFLINE,
     PIN,
@@ -19,7 +21,6 @@ from moat_gateway.litellm_port.start import (
     import_app,
     models,
     prepare_environment,
-    remove_effective,
     steering_variables,
     verify,
     version,
@@ -28,12 +29,17 @@ from moat_gateway.litellm_port.start import (
 __all__ = [
     "OFFLINE",
     "PIN",
+    "EffectiveFile",
+    "NeedsRestart",
+    "Serving",
+    "Wanted",
+    "callback_counts",
     "custom_auth",
     "deployments",
     "import_app",
     "models",
     "prepare_environment",
-    "remove_effective",
+    "set_master_key",
     "steering_variables",
     "verify",
     "version",

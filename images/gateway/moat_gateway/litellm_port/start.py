@@ -6,19 +6,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-import tempfile
 from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from moat_gateway.config import CheckedConfig
 from moat_gateway.configrules import MASTER_KEY_NAME
 from moat_gateway.context import current
 from moat_gateway.errors import LiteLLMRefused, NoModels
 from moat_gateway.keys import Identity
+from moat_gateway.litellm_port.live import Wanted
 
 if TYPE_CHECKING:
     from moat_gateway.stages import ASGIApp
@@ -66,28 +62,30 @@ def steering_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def prepare_environment(
-    environ: MutableMapping[str, str], config: CheckedConfig, master_key: str, shutdown_timeout: float
-) -> Path:
+    environ: MutableMapping[str, str], wanted: Wanted, master_key: str, shutdown_timeout: float, file: Path
+) -> None:
     """Set what LiteLLM reads from the environment. Secrets are set in this process only, at run time.
 
     ``/proc/PID/environ`` shows the environment a process was started with, so what is set here is not in it.
 
-    Returns:
-        The file that was written for LiteLLM; :func:`remove_effective` removes it.
+    Args:
+        environ: of this process.
+        wanted: what LiteLLM shall serve.
+        master_key: the administrator's key.
+        shutdown_timeout: seconds that requests get at the end.
+        file: from which LiteLLM reads its configuration.
     """
     for name in steering_variables(environ):
         del environ[name]
     environ.update(OFFLINE)
-    environ.update(config.secrets)
+    environ.update(wanted.secrets)
     environ[MASTER_KEY_NAME] = master_key
-    if _names_otel(config.effective):
+    if _names_otel(wanted.effective):
         # Version 1 of that callback exports prompts by default. Without the callback the switch must be off: it
         # would set a tracer up that exports nowhere and warns at each request.
         environ["LITELLM_OTEL_V2"] = "True"
     environ["GRACEFUL_SHUTDOWN_TIMEOUT"] = str(max(1, int(shutdown_timeout)))
-    written = _write_effective(config.effective)
-    environ["CONFIG_FILE_PATH"] = str(written)
-    return written
+    environ["CONFIG_FILE_PATH"] = str(file)
 
 
 def _names_otel(effective: Mapping[str, Any]) -> bool:
@@ -96,34 +94,6 @@ def _names_otel(effective: Mapping[str, Any]) -> bool:
     return any(
         n in ("otel", "opentelemetry") for names in named for n in (names if isinstance(names, list) else [names])
     )
-
-
-def _write_effective(effective: Mapping[str, Any]) -> Path:
-    """Write what LiteLLM shall load into a private folder.
-
-    A folder of its own, because LiteLLM imports Python modules that lie beside its configuration file. The file
-    holds references to secrets, not their values.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="moat-gateway-"))
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(dict(effective), sort_keys=False, allow_unicode=True), "utf-8")
-        path.chmod(0o600)
-    except OSError as e:
-        raise LiteLLMRefused(
-            "the configuration for LiteLLM cannot be written",
-            found=e.strerror or str(e),
-            expected="a temporary folder that may be written",
-            hint="mount a tmpfs at the temporary folder, or set TMPDIR",
-        ) from e
-    return path
-
-
-def remove_effective(written: Path) -> None:
-    """Remove what :func:`prepare_environment` wrote, with its folder."""
-    written.unlink(missing_ok=True)
-    with suppress(OSError):
-        written.parent.rmdir()
 
 
 def version() -> str:

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings changes into the running gateway: revisions that config-sync put in force on this node, and secret files.
+
+One task looks ten times a second whether ``current.json`` was replaced (a ``stat``), and each ``secrets_poll`` whether
+a secret file was. What changed is applied whole or not at all, by :class:`moat_gateway.litellm_port.Serving`; what
+needs a restart waits for this gateway's turn. Everything that it finds goes into :class:`Situation`, which status,
+metrics and the report to config-sync read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from moat_gateway import litellm_port, served, slices
+from moat_gateway.errors import BadRevision, GatewayError, UnreadableSecret
+from moat_gateway.keys import KeySet
+from moat_gateway.keystore import KeyStore
+from moat_gateway.litellm_port import NeedsRestart, Serving
+from moat_gateway.logs import Log, where_of
+from moat_gateway.metrics import Counters
+from moat_gateway.prepared import Prepared
+from moat_gateway.revision import MANIFEST
+from moat_gateway.secretfiles import Look, Watch, read_master_key
+from moat_gateway.served import Served
+from moat_gateway.settings import Settings
+from moat_gateway.sync import nodefolder
+from moat_gateway.sync.files import Unusable, read_bytes, timestamp
+from moat_gateway.sync.nodefolder import Current, SyncState
+
+TICK = 0.1  # seconds between two looks at current.json
+RETRY = 5.0  # seconds after which a revision that was refused here is tried again: the cause may be gone
+_MASTER = "master key"
+_MANY_KEYS = 300  # more are made in a thread: it holds the loop for 5 ms at a time at most, whatever their number
+_DEEP = frozenset({(), ("effective",), ("effective", "model_list"), ("deployments",), ("keys",), ("keys", "keys")})
+
+T = TypeVar("T")
+
+
+@dataclass
+class Situation:
+    """What serves, and what stands in the way of what should.
+
+    Attributes:
+        served: the configuration in force.
+        applied_at: since when.
+        last_refused: number and reason of the revision that cannot be served here, or ``None``.
+        needs_restart: the names of what waits for a restart.
+        sync: how config-sync is; ``None`` if nobody knows.
+        secret_problems: secret files that cannot be used, by name.
+        passed_over: what was not right at the start, one line each.
+        loop_blocked: seconds of the longest hold of the loop by a change.
+    """
+
+    served: Served
+    applied_at: str
+    last_refused: tuple[int, str] | None = None
+    needs_restart: tuple[str, ...] = ()
+    sync: SyncState | None = None
+    secret_problems: Mapping[str, GatewayError] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
+    loop_blocked: float = 0.0
+
+    def staleness(self) -> float:
+        """Return the seconds since the source last answered; 0 if nobody knows."""
+        return self.sync.staleness() if self.sync is not None else 0.0
+
+    def degraded(self, settings: Settings) -> list[str]:
+        """Return what a person should know, one line each."""
+        out = list(self.passed_over)
+        if settings.sync_dir and self.sync is None:
+            out.append("config-sync: it has never run on this node, or its note cannot be read")
+        elif self.staleness() > settings.stale_after:
+            why = self.sync.source.why if self.sync is not None else None
+            out.append(
+                f"config-sync: the source has not answered for {self.staleness():.0f} s" + (f": {why}" if why else "")
+            )
+        if self.last_refused is not None:
+            number, reason = self.last_refused
+            out.append(f"config: revision {number} is refused, revision {self.served.revision} serves: {reason}")
+        if self.needs_restart:
+            out.append(f"config: needs restart: {', '.join(self.needs_restart)}")
+        out += [f"secrets: {name}: an older value counts: {e.one_line()}" for name, e in self.secret_problems.items()]
+        return out
+
+
+class Live:
+    """Applies changes.
+
+    Args:
+        settings: in force.
+        situation: is kept up to date.
+        serving: what LiteLLM serves.
+        keys: the key store.
+        counters: of changes.
+        log: for ``config.*`` and ``secrets.*``.
+
+    Attributes:
+        told: is called after every change of the situation.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        situation: Situation,
+        serving: Serving,
+        keys: KeyStore,
+        counters: Counters,
+        log: Log,
+    ) -> None:
+        self._settings = settings
+        self._situation = situation
+        self._serving = serving
+        self._keys = keys
+        self._counters = counters
+        self._log = log
+        self.told: Callable[[], None] = lambda: None
+        self._sync_dir = Path(settings.sync_dir) if settings.sync_dir else None
+        self._watch = nodefolder.CurrentWatch(self._sync_dir) if self._sync_dir else None
+        self._secrets = Watch()
+        self._master = Watch(read_master_key)
+        self._master_now = ""
+        self._values: Mapping[str, str] = {}
+        self._blocked_by: str | None = None  # sha256 of the revision that waits for a restart
+        self._secret_restart: tuple[str, ...] = ()
+        self._retry_at: float | None = None
+        self._lock = asyncio.Lock()
+        # A thread of its own: LiteLLM fills the loop's with its callbacks.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="moat-live")
+
+    def begin(self, secrets: Mapping[str, str], master_key: str) -> None:
+        """Note what the gateway was started with."""
+        self._values = dict(secrets)
+        self._master_now = master_key
+        self._secrets.look(self._situation.served.files)
+        self._master.look({_MASTER: self._settings.master_key_file})
+
+    async def run(self) -> None:
+        """Look for changes, for ever."""
+        async with self._lock:
+            await self._look_at_current()
+            await self._look_at_secrets()
+        next_secrets = time.monotonic() + self._settings.secrets_poll
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            changed = self._watch is not None and self._watch.changed()
+            if not changed and now < next_secrets and (self._retry_at is None or now < self._retry_at):
+                continue
+            async with self._lock:
+                if changed or (self._retry_at is not None and now >= self._retry_at):
+                    await self._look_at_current()
+                if now >= next_secrets:
+                    next_secrets = now + self._settings.secrets_poll
+                    await self._look_at_secrets()
+
+    async def look(self) -> bool:
+        """Look at ``current.json`` at once, if it changed; return whether it had."""
+        if self._watch is None or not self._watch.changed():
+            return False
+        async with self._lock:
+            await self._look_at_current()
+        return True
+
+    async def look_at_everything(self) -> None:
+        """Look at the revision and the secrets at once, whether they changed or not."""
+        async with self._lock:
+            await self._look_at_secrets()
+            await self._look_at_current()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # --- the revision ---
+
+    async def _look_at_current(self) -> None:
+        if self._sync_dir is None:
+            return
+        self._retry_at = None
+        number = 0
+        try:
+            current = await self._in_thread(lambda: nodefolder.read_current(self._sync_dir or Path()))
+            if current is None or current.sha256 == self._situation.served.sha256:
+                if current is not None:
+                    self._settled()
+                return
+            number = current.revision
+            if current.sha256 != self._blocked_by:
+                await self._take(current)
+        except NeedsRestart as e:
+            self._blocked_by = current.sha256 if current is not None else None
+            self._situation.last_refused = None
+            self._wait_for_restart(number, e.names)
+        except GatewayError as e:
+            self._refused(number, e)
+        except Exception as e:
+            # Whatever it was, the old configuration serves; a defect must not end the looking for newer ones.
+            self._log.event("defect", "error", error=type(e).__name__, where=where_of(e))
+            self._refused(number, BadRevision("applying it failed unexpectedly", found=type(e).__name__))
+        self.told()
+
+    def _settled(self) -> None:
+        """What is in force is what is wanted: nothing is refused and no revision waits."""
+        s = self._situation
+        before = (s.last_refused, s.needs_restart, s.passed_over)
+        self._blocked_by, s.last_refused, s.passed_over = None, None, ()
+        s.needs_restart = self._secret_restart
+        if before != (s.last_refused, s.needs_restart, s.passed_over):
+            self.told()
+
+    async def _take(self, current: Current) -> None:
+        noticed = time.monotonic()
+        work = slices.Slices()
+        raw = await self._in_thread(lambda: self._read(current))
+        work.begin()
+        try:
+            plain = await slices.loads(raw, _DEEP, work.pause)
+        except (ValueError, RecursionError) as e:
+            raise BadRevision("the prepared configuration cannot be read", found=type(e).__name__) from None
+        await work.rest()
+        prepared = Prepared.from_plain(plain)
+        await work.rest()
+        if prepared.revision != current.revision:
+            raise BadRevision(
+                "the prepared configuration is of another revision",
+                found=str(prepared.revision),
+                expected=str(current.revision),
+            )
+        wanted = served.of_revision(prepared, current.sha256)
+        work.end()
+        look = await self._in_thread(lambda: self._secrets.look({**self._situation.served.files, **wanted.files}))
+        key_set = await self._key_set(prepared)
+        work.begin()
+        self._say_problems(look)
+        values = self._usable(wanted, look)
+        change = await self._serving.prepare(wanted.wanted(values), work.pause)
+        await work.rest()
+        change.commit()
+        self._keys.replace(key_set)
+        self._values = values
+        s = self._situation
+        s.served, s.applied_at = wanted, timestamp()
+        s.secret_problems = {n: p for n, p in look.problems.items() if n in wanted.files}
+        self._secret_restart = ()
+        self._settled()
+        work.end()
+        self._hold(work.longest)
+        self._counters.reloads["applied"] += 1
+        self._log.event(
+            "config.applied",
+            revision=wanted.revision,
+            sha256=current.sha256,
+            seconds=round(time.monotonic() - noticed, 3),
+            made=change.made,
+            loop_ms=round(1000 * work.longest, 2),
+        )
+
+    def _read(self, current: Current) -> str:
+        """Return ``prepared.json`` of the revision that is in force; runs in the thread."""
+        assert self._sync_dir is not None  # noqa: S101 - there is no current revision without it
+        path = nodefolder.revision_folder(self._sync_dir, current.revision) / MANIFEST
+        try:
+            found = hashlib.sha256(read_bytes(path)).hexdigest()
+        except (FileNotFoundError, Unusable) as e:
+            raise BadRevision("the kept revision cannot be read", found=str(e)[:100], path=str(path)) from e
+        if found != current.sha256:
+            raise BadRevision(
+                "the kept revision is not the one that was accepted",
+                found=found,
+                expected=current.sha256,
+                path=str(path),
+            )
+        try:
+            return nodefolder.read_prepared(self._sync_dir, current.revision).decode("ascii")
+        except UnicodeDecodeError as e:
+            raise BadRevision("the prepared configuration cannot be read", found=type(e).__name__) from None
+
+    def _usable(self, wanted: Served, look: Look) -> dict[str, str]:
+        missing = [n for n in wanted.files if n not in look.values]
+        if missing:
+            problem = look.problems.get(missing[0])
+            raise problem if problem is not None else UnreadableSecret(f"the secret {missing[0]} has no value")
+        values = {n: look.values[n] for n in wanted.files}
+        self._log.hide(values.values())
+        return values
+
+    async def _key_set(self, prepared: Prepared) -> KeySet:
+        if prepared.keys_sha256 == self._keys.current.sha256:
+            return self._keys.current
+        if len(prepared.keys.get("keys") or ()) > _MANY_KEYS:
+            return await self._in_thread(prepared.key_set)
+        return prepared.key_set()
+
+    def _refused(self, number: int, e: GatewayError) -> None:
+        reason = (number, e.one_line())
+        self._retry_at = time.monotonic() + RETRY
+        if self._situation.last_refused == reason:
+            return
+        self._situation.last_refused = reason
+        self._counters.reloads["refused"] += 1
+        self._log.event("config.refused", "error", revision=number, kind=e.kind, message=e.one_line())
+
+    def _wait_for_restart(self, number: int, names: tuple[str, ...]) -> None:
+        names = tuple(dict.fromkeys((*names, *self._secret_restart)))
+        if self._situation.needs_restart == names:
+            return
+        self._situation.needs_restart = names
+        self._counters.reloads["restart"] += 1
+        self._log.event(
+            "config.needs_restart",
+            "warning",
+            revision=number,
+            names=list(names),
+            policy=self._settings.restart_policy if self._sync_dir else "report",
+        )
+
+    # --- secrets ---
+
+    async def _look_at_secrets(self) -> None:
+        s = self._situation
+        if self._sync_dir is not None:
+            s.sync = await self._in_thread(lambda: nodefolder.read_sync(self._sync_dir or Path()))
+        files = s.served.files
+        look, master = await self._in_thread(
+            lambda: (self._secrets.look(files), self._master.look({_MASTER: self._settings.master_key_file}))
+        )
+        self._log.hide([*look.values.values(), *master.values.values()])
+        self._say_problems(look)
+        self._say_problems(master)
+        problems = {**look.problems, **master.problems}
+        if problems.keys() != s.secret_problems.keys() or look.news or master.news:
+            s.secret_problems = problems
+            self.told()
+        key = master.values.get(_MASTER, self._master_now)
+        if key != self._master_now:
+            litellm_port.set_master_key(key)
+            self._keys.set_master(hashlib.sha256(key.encode()).hexdigest())
+            self._master_now = key
+            self._log.event("secrets.changed", names=[_MASTER], seconds=0.0, made=0)
+            self.told()
+        values = {n: look.values.get(n, v) for n, v in self._values.items()}
+        if values != self._values:
+            await self._take_secrets(values)
+
+    async def _take_secrets(self, values: Mapping[str, str]) -> None:
+        begun = time.monotonic()
+        s = self._situation
+        names = frozenset(n for n, v in values.items() if self._values[n] != v)
+        work = slices.Slices()
+        try:
+            change = await self._serving.prepare(s.served.wanted(values), work.pause)
+            await work.rest()
+            change.commit()
+        except (NeedsRestart, GatewayError) as e:
+            # The values count as seen: the same ones would be refused again at every look.
+            self._values = values
+            if isinstance(e, NeedsRestart):
+                self._secret_restart = e.names
+                self._wait_for_restart(s.served.revision, s.needs_restart)
+            else:
+                self._counters.reloads["refused"] += 1
+                for name in sorted(names):
+                    self._log.event("secrets.refused", "error", secret=name, message=e.one_line())
+            self.told()
+            return
+        work.end()
+        self._values = values
+        self._hold(work.longest)
+        self._counters.reloads["applied"] += 1
+        self._log.event(
+            "secrets.changed", names=sorted(names), seconds=round(time.monotonic() - begun, 3), made=change.made
+        )
+        sections = s.served.sections_of(names)
+        if sections:
+            self._secret_restart = tuple(f"secrets in {section}" for section in sections)
+            self._wait_for_restart(s.served.revision, s.needs_restart)
+        self.told()
+
+    # --- small steps ---
+
+    def _say_problems(self, look: Look) -> None:
+        for name in look.news:
+            self._log.event("secrets.refused", "error", secret=name, message=look.problems[name].one_line())
+
+    def _hold(self, seconds: float) -> None:
+        self._situation.loop_blocked = max(self._situation.loop_blocked, seconds)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
