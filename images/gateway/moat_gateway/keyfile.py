@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changing ``keys.yaml``: add and revoke keys, in place, keeping comments, never leaving a half-written file.
+"""Changing ``keys.yaml``: add, rotate and revoke keys, in place, keeping comments, never leaving a half-written file.
 
 The text is changed where YAML says that the entry begins and ends. The result is parsed and compared with what was
 meant; if the file is written in a way that this cannot handle (flow style), it is written anew, without comments.
@@ -8,11 +8,14 @@ meant; if the file is written in a way that this cannot handle (flow style), it 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from moat_gateway.keys import KeySet
 
 _EMPTY = "# Teams and client keys of the gateway; secrets are not in here, only their sha256.\nteams: []\nkeys: []\n"
 _NEW_FILE_MODE = 0o640
+_OVERLAP_MAX = timedelta(days=365)
+_ID_ROOM = 56  # characters of an id of 64, so that a suffix fits
 
 
 def new_key(
@@ -53,13 +58,7 @@ def new_key(
     secret = secret if secret is not None else keys.new_secret()
     entry: dict[str, Any] = {"id": key_id, "team": team, "sha256": keys.hash_secret(secret)}
     if not_after is not None:
-        try:
-            moment = keys.parse_not_after(not_after)
-        except (ValueError, OverflowError):
-            raise BadKeys(
-                "--not-after is not a moment", found=not_after, expected="2027-06-30, or a time with its zone"
-            ) from None
-        entry["not_after"] = moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        entry["not_after"] = _end(not_after)
     if models:
         entry["models"] = list(models)
 
@@ -84,6 +83,94 @@ def new_key(
     return secret
 
 
+@dataclass(frozen=True)
+class Rotated:
+    """What a rotation made.
+
+    Attributes:
+        secret: of the key from now on; stored nowhere.
+        old_id: under which the old secret goes on.
+        old_ends: the first moment at which the old secret no longer counts.
+    """
+
+    secret: str = field(repr=False)
+    old_id: str
+    old_ends: datetime
+
+
+def parse_overlap(text: str) -> timedelta:
+    """Return a length of time such as ``24h``, ``30m``, ``7d`` or ``90s``; ``0`` for none.
+
+    Raises:
+        BadKeys: it is none, or longer than a year.
+    """
+    match = re.fullmatch(r"(0)|([0-9]{1,7})([smhd])", text)
+    length = None
+    if match:
+        units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+        length = timedelta() if match[1] else timedelta(seconds=int(match[2]) * units[match[3]])
+    if length is None or length > _OVERLAP_MAX:
+        raise BadKeys("--overlap is no length of time", found=text, expected="24h, 30m, 7d or 90s; at most 365d")
+    return length
+
+
+def rotate(
+    path: Path,
+    key_id: str,
+    overlap: timedelta,
+    *,
+    not_after: str | None = None,
+    secret: str | None = None,
+    now: datetime | None = None,
+) -> Rotated:
+    """Give a key a new secret; the old one counts for a while longer, under another id.
+
+    Args:
+        path: the keys file.
+        key_id: id of the key; team and models stay.
+        overlap: how long the old secret counts, but not longer than it did.
+        not_after: end of the new secret; default: the end that the key had.
+        secret: for tests; else a random one.
+        now: for tests.
+
+    Raises:
+        BadKeys: the file is bad, has no such key, or the key has ended.
+    """
+    secret = secret if secret is not None else keys.new_secret()
+    moment = (now or datetime.now(UTC)).replace(microsecond=0)
+    ends = moment + overlap
+    new_end = _end(not_after) if not_after is not None else None
+    old_id = ""
+
+    def change(text: str, file: KeySet) -> str:
+        nonlocal ends, old_id
+        index = next((i for i, k in enumerate(file.keys) if k.id == key_id), None)
+        if index is None:
+            raise _no_such_key(path, file, key_id)
+        old = file.keys[index]
+        if old.not_after is not None:
+            if old.not_after <= moment:
+                raise BadKeys(
+                    f"the key {key_id} has ended",
+                    found=_text(old.not_after),
+                    expected="a key that counts",
+                    hint="revoke it and make a new one with `moat-gateway keys new`",
+                    path=str(path),
+                )
+            ends = min(ends, old.not_after)
+        taken = {k.id for k in file.keys}
+        candidates = (f"{key_id[:_ID_ROOM]}.old{'' if n == 1 else n}" for n in itertools.count(1))
+        old_id = next(c for c in candidates if c not in taken)
+        entry = dict(yaml.safe_load(text)["keys"][index])
+        fresh = {**entry, "sha256": keys.hash_secret(secret)}
+        if new_end is not None:
+            fresh["not_after"] = new_end
+        return _with_keys_instead(text, index, [fresh, {**entry, "id": old_id, "not_after": _text(ends)}])
+
+    _edit(path, change, create=False)
+    return Rotated(secret, old_id, ends)
+
+
 def revoke(path: Path, key_id: str) -> None:
     """Remove a key.
 
@@ -94,15 +181,29 @@ def revoke(path: Path, key_id: str) -> None:
     def change(text: str, now: KeySet) -> str:
         index = next((i for i, k in enumerate(now.keys) if k.id == key_id), None)
         if index is None:
-            raise BadKeys(
-                f"there is no key {key_id}",
-                found=", ".join(k.id for k in now.keys) or "no key",
-                expected=key_id,
-                path=str(path),
-            )
+            raise _no_such_key(path, now, key_id)
         return _without_key(text, index)
 
     _edit(path, change, create=False)
+
+
+def _no_such_key(path: Path, now: KeySet, key_id: str) -> BadKeys:
+    found = ", ".join(k.id for k in now.keys) or "no key"
+    return BadKeys(f"there is no key {key_id}", found=found, expected=key_id, path=str(path))
+
+
+def _end(text: str) -> str:
+    """Return --not-after as the file has it."""
+    try:
+        return _text(keys.parse_not_after(text))
+    except (ValueError, OverflowError):
+        raise BadKeys(
+            "--not-after is not a moment", found=text, expected="2027-06-30, or a time with its zone"
+        ) from None
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _edit(path: Path, change: Callable[[str, KeySet], str], *, create: bool) -> None:
@@ -202,6 +303,20 @@ def _without_key(text: str, index: int) -> str:
     candidate = text[:start] + text[end:]
     if len(node.value) == 1:
         candidate = candidate.replace("keys:", "keys: []", 1)
+    return candidate if _same(candidate, wanted) else _anew(wanted)
+
+
+def _with_keys_instead(text: str, index: int, entries: Sequence[dict[str, Any]]) -> str:
+    """Return ``text`` with these keys in the place of the one at ``index``; comments around it stay."""
+    wanted = yaml.safe_load(text)
+    wanted["keys"][index : index + 1] = entries
+    node = _section(text, "keys")
+    if not isinstance(node, yaml.SequenceNode) or node.flow_style:
+        return _anew(wanted)
+    start = _start_of_line(text, node.value[index].start_mark.index)
+    end = _end_of_block(text, yaml.SequenceNode("", node.value[: index + 1]))
+    head = text[:start] + "".join(_item(e, node.start_mark.column) for e in entries)
+    candidate = head + text[end:]
     return candidate if _same(candidate, wanted) else _anew(wanted)
 
 

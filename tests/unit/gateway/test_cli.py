@@ -84,6 +84,22 @@ def test_keys_new_into_a_file(site: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not (site / "other").exists()
 
 
+def test_keys_rotate_prints_the_secret_alone(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "new", "one", "--team", "t"]) == 0
+    first = capsys.readouterr().out
+    assert main(["keys", "rotate", "one", "--overlap", "1h"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("sk-moat-")
+    assert captured.out.count("\n") == 1
+    assert captured.out != first
+    assert "as one.old" in captured.err
+    assert main(["keys", "rotate", "one", "--out", str(site / "secret")]) == 0
+    assert capsys.readouterr().out == ""
+    assert (site / "secret").stat().st_mode & 0o777 == 0o600
+    assert main(["keys", "rotate", "two"]) == 12
+    assert main(["keys", "rotate", "one", "--overlap", "soon"]) == 12
+
+
 def test_status_without_a_gateway(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json"]) == 15
     captured = capsys.readouterr()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -248,3 +248,67 @@ def test_dates_beyond_the_calendar_are_refused_cleanly(tmp_path: Path) -> None:
     for text in ("9999-12-31", "0001-01-01T00:00:00+10:00"):
         with pytest.raises(BadKeys, match="not a moment"):
             keyfile.new_key(path, "x", "physics", not_after=text)
+
+
+def test_a_rotated_key_has_a_new_secret_and_the_old_one_ends(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(FILE)
+    done = keyfile.rotate(path, "one", timedelta(hours=24), now=NOW)
+    text, found = path.read_text(), keys.read(path)
+    assert "# made by hand" in text
+    assert text.endswith("# the end\n")
+    assert [k.id for k in found.keys] == ["one", "one.old"]
+    later = NOW + timedelta(hours=23, minutes=59)
+    for secret, key_id in ((done.secret, "one"), (SECRET, "one.old")):
+        who = found.identify(secret, later)
+        assert isinstance(who, Identity)
+        assert (who.key, who.team, who.models) == (key_id, "physics", ("small",))
+    assert found.identify(SECRET, NOW + timedelta(hours=24)) is Verdict.EXPIRED
+    # The new secret ends when the key did.
+    assert found.keys[0].not_after == keys.parse_not_after("2026-12-31")
+    assert done.secret not in text
+    assert done.secret not in repr(done)
+
+
+def test_a_second_rotation_in_the_overlap_keeps_all_three(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(FILE)
+    first = keyfile.rotate(path, "one", timedelta(days=7), now=NOW)
+    second = keyfile.rotate(path, "one", timedelta(0), now=NOW, not_after="2027-01-01T00:00:00Z")
+    found = keys.read(path)
+    assert {k.id for k in found.keys} == {"one", "one.old", "one.old2"}
+    assert second.old_id == "one.old2"
+    # No overlap: the secret in between ends now, the oldest one as it was told.
+    assert found.identify(first.secret, NOW) is Verdict.EXPIRED
+    assert isinstance(found.identify(SECRET, NOW + timedelta(days=6)), Identity)
+    who = found.identify(second.secret, NOW)
+    assert isinstance(who, Identity)
+    assert who.not_after == datetime(2027, 1, 1, tzinfo=UTC)
+
+
+def test_an_overlap_never_lengthens_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(FILE)
+    done = keyfile.rotate(path, "one", timedelta(days=300), now=NOW)
+    assert done.old_ends == keys.parse_not_after("2026-12-31")
+
+
+def test_what_cannot_be_rotated_is_said_and_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(FILE)
+    with pytest.raises(BadKeys, match="there is no key two"):
+        keyfile.rotate(path, "two", timedelta(hours=1), now=NOW)
+    with pytest.raises(BadKeys, match="has ended"):
+        keyfile.rotate(path, "one", timedelta(hours=1), now=datetime(2027, 6, 1, tzinfo=UTC))
+    assert path.read_text() == FILE
+
+
+@pytest.mark.parametrize("text", ["", "24", "1y", "-1h", "1.5h", "24 h", "366d", "9999999d", "h"])
+def test_an_overlap_is_a_length_of_time(text: str) -> None:
+    with pytest.raises(BadKeys, match="no length of time"):
+        keyfile.parse_overlap(text)
+
+
+def test_lengths_of_time() -> None:
+    wanted = {"0": 0, "90s": 90, "30m": 1800, "24h": 86400, "365d": 31536000}
+    assert {t: keyfile.parse_overlap(t).total_seconds() for t in wanted} == wanted
