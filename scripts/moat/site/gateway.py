@@ -89,9 +89,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _argv(root: Path, instance: str, mounts: Sequence[str], words: Sequence[str]) -> list[str]:
     # The container's own user and name would say nothing to whoever reads the history.
-    if words[:1] == ["config"] and words[1:2] in (["push"], ["rollback"]):
-        if not any(w == "--author" or w.startswith("--author=") for w in words):
-            words = [*words[:2], f"--author={_author()}", *words[2:]]
+    named = any(w.partition("=")[0] == "--author" for w in words)
+    if tuple(words[:2]) in (("config", "push"), ("config", "rollback")) and not named:
+        words = [*words[:2], f"--author={_author()}", *words[2:]]
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     argv = ["docker", "compose", "--project-directory", str(root), "run", "--rm", "--no-deps"]
     argv += [] if terminal else ["-T"]

@@ -54,7 +54,7 @@ def test_a_long_interval_is_allowed_for(tmp_path: Path) -> None:
     [
         (None, "is not there: config-sync has not begun"),
         ("", "cannot be read"), ("[]", "cannot be read"), ("{}", "KeyError"), ("{", "JSONDecodeError"),
-        (json.dumps(state(60)), "no answer of minio:9000 for 60 s"),
+        (json.dumps(state(60)), "no answer of minio:9000 for "),
         (json.dumps(state(-60)), "no answer of minio:9000"),
         (json.dumps(state(1, boot_id="of an earlier start of the host")), "since the start"),
         (json.dumps(state(1, checked_boottime=None)), "since the start"),
