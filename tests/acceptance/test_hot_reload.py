@@ -39,6 +39,10 @@ def wait_for(what: str, test: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
+def wait_until_healthy(stack: Stack, service: str) -> None:
+    wait_for(f"{service} healthy", lambda: stack.inspect(service)["State"]["Health"]["Status"] == "healthy", 120)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def as_before(stack: Stack) -> Iterator[None]:
     """Afterwards the content of config/ is in force again, whatever a test left."""
@@ -291,9 +295,7 @@ def test_without_the_store_gateways_restart_with_the_last_good_revision_and_say_
             with stack.client() as client:
                 assert client.get("/v1/models").status_code == 200
             stack.compose("restart", gateway)
-            wait_for(
-                f"{gateway} healthy", lambda g=gateway: stack.inspect(g)["State"]["Health"]["Status"] == "healthy", 120
-            )
+            wait_until_healthy(stack, gateway)
         assert revisions(stack) == dict.fromkeys(GATEWAYS, number)
         for gateway in GATEWAYS:
             assert ask_at(stack, gateway, "kept").status_code == 200
