@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,12 @@ class Drive:
         self.put(number, raw if stored is None else stored)
         self.move(pointer(number, raw, **other))
         self.last = max(self.last, number)
+
+    def publish_archive(self, change: Callable[[bytes], bytes]) -> int:
+        """Publish a good archive that was changed before the pointer was made of it; return its number."""
+        number = self.last + 1
+        self.publish(number, change(archive(content(), number, self.key)))
+        return number
 
     def put(self, number: int, raw: bytes) -> None:
         """Put the bytes of an archive."""
