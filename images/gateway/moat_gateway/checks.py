@@ -58,6 +58,9 @@ def check(
         try:
             dry_run.run(ready.to_json())
         except GatewayError as e:
+            named = re.match(r"model_list\[(\d+)\]", e.found or "")
+            if named is not None and document is not None:
+                e.line = document.line(("model_list", int(named.group(1))))
             return None, [e]
     return ready, []
 

@@ -18,6 +18,7 @@ from moat_gateway.errors import GatewayError
 
 MAX_BYTES = 4 << 20  # bytes of one file
 MAX_NODES = 200_000  # values after the expansion of aliases
+MAX_TEXT = 4 * MAX_BYTES  # characters of all values after the expansion of aliases
 MAX_DEPTH = 40  # levels of nesting
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it: ten times faster
@@ -156,6 +157,7 @@ class _Walker:
         self._error = error
         self._open: set[int] = set()  # nodes that are being walked: an alias to one of them is a loop
         self._count = 0
+        self._text = 0
         self._scalars = yaml.constructor.SafeConstructor()
         self.lines: dict[Trail, int] = {}
 
@@ -168,6 +170,14 @@ class _Walker:
                 "expands to too many values", line, f"at most {MAX_NODES}", "write out what the aliases repeat"
             )
         if isinstance(node, yaml.ScalarNode):
+            self._text += len(node.value)
+            if self._text > MAX_TEXT:
+                raise self._refuse(
+                    "expands to too much text",
+                    line,
+                    f"at most {MAX_TEXT} characters",
+                    "write out what the aliases repeat",
+                )
             return self._scalar(node, line)
         if id(node) in self._open:
             raise self._refuse("holds an alias to itself", line, None, "remove the alias")
