@@ -16,7 +16,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#\s\"'<>]*)")
+_AUTHORITY = re.compile(r"://([^/?#\s\"'<>]*)")
+_SCHEME = re.compile(r"[A-Za-z0-9+.-]+\Z")
+_SCHEME_MAX = 64  # characters that are looked at: a search over the whole text takes the square of its length
 DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443, "redis": 6379, "rediss": 6379, "grpc": 4317}
 
 
@@ -105,7 +107,13 @@ def destinations_of_urls(text: str) -> Iterator[Destination | NotADestination]:
     The reading is the strictest of those that clients use: what is before the last ``@`` is credentials, a
     backslash or a blank in the authority is refused, a scheme without an authority (``file:///x``) points nowhere.
     """
-    for scheme, authority in _URL.findall(text):
+    at = 0
+    while (found := _AUTHORITY.search(text, at)) is not None:
+        name = _SCHEME.search(text[max(at, found.start() - _SCHEME_MAX) : found.start()])
+        at = found.end() if name is not None else found.start() + 1
+        if name is None:
+            continue
+        scheme, authority = name.group(), found.group(1)
         if not authority and scheme.lower() == "file":
             continue
         try:

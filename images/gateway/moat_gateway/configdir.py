@@ -183,18 +183,32 @@ def _routers(files: Mapping[str, bytes]) -> list[GatewayError]:
         return [e]
     problems: list[GatewayError] = []
 
-    def report(at: tuple[str | int, ...], message: str, **more: str | None) -> None:
-        problems.append(BadConfig(message, path=INDEX, line=document.line(at), **more))
+    def report(
+        at: tuple[str | int, ...], message: str, *, kind: type[GatewayError] = BadRevision, **more: str | None
+    ) -> None:
+        problems.append(kind(message, path=INDEX, line=document.line(at), **more))
 
     data = {} if document.data is None else document.data
     if not isinstance(data, dict) or set(data) - {"models"} or not isinstance(data.get("models") or [], list):
-        report((), "is not a list of models", expected="`models:` and a list below it", hint="correct the file")
+        report(
+            (),
+            "is not a list of models",
+            kind=BadConfig,
+            expected="`models:` and a list below it",
+            hint="correct the file",
+        )
         return problems
     listed: set[str] = set()
     for i, entry in enumerate(data.get("models") or []):
         at = ("models", i)
         if not _is_entry(entry):
-            report(at, f"models[{i}] is not an entry", expected="file and sha256, both text", hint="correct the line")
+            report(
+                at,
+                f"models[{i}] is not an entry",
+                kind=BadConfig,
+                expected="file and sha256, both text",
+                hint="correct the line; put quotation marks around a hash of digits only",
+            )
             continue
         path = f"{ROUTERS}/{entry['file']}"
         if path in listed:

@@ -28,6 +28,7 @@ from moat_gateway.settings import Settings
 
 START_TIMEOUT = 180.0  # seconds; importing LiteLLM takes two, on a busy machine many times that
 _ANSWER_MARGIN = 15.0  # seconds over a run's own limit, after which the child itself is taken for stuck
+_END_TIMEOUT = 2.0  # seconds
 _INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 
 
@@ -48,6 +49,7 @@ class DryRun:
         self._memory = settings.dry_run_memory << 20
         self._cold = cold
         self._child: _Child | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -60,7 +62,7 @@ class DryRun:
 
         Raises:
             DryRunFailed: it cannot be built, takes too long, or too much memory.
-            DryRunUnavailable: the child could not be started, or died twice.
+            DryRunUnavailable: the child could not be started, or died twice, or :meth:`close` was called.
         """
         with self._lock:
             try:
@@ -72,7 +74,12 @@ class DryRun:
             raise _failed(answer, self._timeout, self._memory)
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, for good; a run that another thread waits for raises ``DryRunUnavailable`` at once."""
+        self._closed = True
+        # Without the lock: the thread that holds it waits for the child.
+        child = self._child
+        if child is not None:
+            child.kill()
         with self._lock:
             self._end()
 
@@ -93,7 +100,11 @@ class DryRun:
             self._end()
         if self._child is None:
             self._child = _Child()
-        return self._child
+        child = self._child
+        if self._closed:  # looked at after the child is known: close() kills what it sees, or is seen here
+            self._end()
+            raise DryRunUnavailable("the dry run was ended", hint="start it again", path=configdir.CONFIG)
+        return child
 
     def _asked(self, prepared_json: bytes) -> dict[str, Any]:
         # Twice: a child that was killed while it was idle is noticed only now.
@@ -102,7 +113,7 @@ class DryRun:
                 return self._started().ask(prepared_json, self._timeout, self._memory)
             except (OSError, EOFError, ValueError) as e:
                 self._end()
-                if attempt == 2:
+                if attempt == 2 and not self._closed:
                     raise DryRunUnavailable(
                         "the dry run's process died or does not answer",
                         found=type(e).__name__,
@@ -170,14 +181,20 @@ class _Child:
         self.resident = int(answer["resident"])
         self._ready = True
 
+    def kill(self) -> None:
+        """Kill it; what it runs ends with it (``PR_SET_PDEATHSIG``). Whoever waits for its answer is woken."""
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def end(self) -> None:
         """Close the socket, at which the child ends with what it runs; kill it if it does not."""
         self._socket.close()
         try:
-            self.process.wait(2)
+            self.process.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                self.process.kill()
+            self.process.kill()
             self.process.wait()
 
 

@@ -121,3 +121,16 @@ def test_addresses_are_allowed_by_their_network_alone(
 def test_reading_urls_never_breaks(text: str) -> None:
     for d in destinations_of_urls("http://" + text):
         assert isinstance(d, Destination | NotADestination)
+
+
+def test_a_long_text_is_read_in_one_pass() -> None:
+    """A value of a configuration may be megabytes long; a search that backs up over it would take hours."""
+    text = "y" * 2_000_000 + " http://model:8081/" + "z" * 2_000_000
+    assert [str(d) for d in destinations_of_urls(text)] == ["model:8081"]
+
+
+@pytest.mark.parametrize("before", ["1" * 100, "a" * 100, "?:.", "x://"])
+def test_what_stands_before_a_url_does_not_hide_it(before: str) -> None:
+    found = list(destinations_of_urls(before + "://outside.example.net/x"))
+    assert found
+    assert all(isinstance(d, NotADestination) or d.host == "outside.example.net" for d in found)
