@@ -228,7 +228,7 @@ def _carry(args: argparse.Namespace, values: Settings) -> int:
     if ready is None:
         return _refuse(args, problems, f"revision {brought.number} of {args.signed_from}")
     store = revstore.open_store(values)
-    done = publish.carry(store, archive, trusted=trusted, limit=limit, author=_author(args), force=args.force)
+    done = publish.carry(store, archive, trusted=trusted, limit=limit, author=_author(args))
     return _published(args, values, store, done, _summary(ready, brought.files))
 
 

@@ -48,7 +48,7 @@ class DirectoryStore:
     def pointer(self, etag: str | None = None) -> Pointer | None:
         """See :class:`revstore.Source`."""
         with self._open() as top:
-            raw = self._read(top, revstore.POINTER, revstore.MAX_POINTER)
+            raw = self._read(top, revstore.POINTER, revstore.MAX_POINTER, cut=True)
         if raw is None:
             raise revstore.no_revision(self.describe())
         found = _etag(raw)
@@ -106,7 +106,7 @@ class DirectoryStore:
         """See :class:`revstore.Store`."""
         raw = pointer.to_bytes()
         with self._locked() as top:
-            there = self._read(top, revstore.POINTER, revstore.MAX_POINTER)
+            there = self._read(top, revstore.POINTER, revstore.MAX_POINTER, cut=True)
             if (None if there is None else _etag(there)) != etag:
                 winner = None
                 if there is not None:
@@ -195,7 +195,8 @@ class DirectoryStore:
             finally:
                 os.close(lock)
 
-    def _read(self, folder: int, name: str, limit: int) -> bytes | None:
+    def _read(self, folder: int, name: str, limit: int, *, cut: bool = False) -> bytes | None:
+        """Return a file's bytes, ``None`` if there is none; of one that is too large the beginning, if ``cut``."""
         try:
             # Without waiting: opening a pipe would wait for its writer for ever.
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
@@ -210,7 +211,7 @@ class DirectoryStore:
             if not stat.S_ISREG(state.st_mode):
                 raise self._odd(name)
             raw = f.read(limit + 1)
-        if len(raw) > limit:
+        if len(raw) > limit and not cut:
             raise revstore.too_large(self.describe(), name, max(len(raw), state.st_size), limit)
         return raw
 

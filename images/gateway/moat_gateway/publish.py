@@ -15,10 +15,11 @@ from hashlib import sha256
 from moat_gateway import fleet, revision, revstore
 from moat_gateway.errors import BadRevision, BadSignature, BadSiteKey, OlderRevision, PushConflict, StoreFailed
 from moat_gateway.revision import Revision
-from moat_gateway.revstore import NoRevision, Pointer, Store, Taken
+from moat_gateway.revstore import BadPointer, NoRevision, Pointer, Store, Taken
 from moat_gateway.sitekey import PublicKey, SigningKey
 
 _ATTEMPTS = 20  # numbers tried after one that was taken meanwhile
+_LEAP = 1_000_000  # an archive whose number is further above is nobody's push
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,17 @@ def push(
             hint="give the site's key, or put its .pub file into the folder of site keys, here and on the nodes",
         )
     _writable(store)
-    pointer, before = _before(store, trusted, limit)
-    if before is not None and pointer is not None and not wanted.force and wanted.number is None:  # noqa: SIM102
-        if before.content == revision.content_sha256(wanted.files):
-            return _published(before, pointer, changed=False)
-    number = _number(store, pointer, wanted.number)
+    before = _before(store, trusted, limit)
+    if before.made is not None and before.pointer is not None and not wanted.force and wanted.number is None:  # noqa: SIM102
+        if before.made.content == revision.content_sha256(wanted.files):
+            return _published(before.made, before.pointer, changed=False)
+    number = _number(store, before, wanted.number)
     at = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
     for _ in range(_ATTEMPTS):
         raw = revision.build(
             wanted.files,
             number=number,
-            previous=pointer.revision if pointer else 0,
+            previous=before.number if before.number < number else 0,
             author=wanted.author,
             message=wanted.message,
             created_at=at,
@@ -157,7 +158,7 @@ def push(
                 raise
             number += 1
             continue
-        return _move(store, made, raw, pointer, at, wanted.author)
+        return _move(store, made, raw, before, at, wanted.author)
     raise PushConflict(
         f"no free number was found in {_ATTEMPTS} attempts",
         found=f"archives up to revision {number - 1}",
@@ -166,9 +167,7 @@ def push(
     )
 
 
-def carry(
-    store: Store, archive: bytes, *, trusted: Sequence[PublicKey], limit: int, author: str, force: bool = False
-) -> Published:
+def carry(store: Store, archive: bytes, *, trusted: Sequence[PublicKey], limit: int, author: str) -> Published:
     """Publish a revision that was signed elsewhere, with the number that it has.
 
     Raises:
@@ -177,17 +176,17 @@ def carry(
     """
     brought = revision.open_archive(archive, trusted, limit=limit)
     _writable(store)
-    pointer, before = _before(store, trusted, limit)
-    if pointer is not None and before is not None and before.manifest == brought.manifest and not force:
-        return _published(before, pointer, changed=False)
-    number = _number(store, pointer, brought.number)
+    before = _before(store, trusted, limit)
+    if before.pointer is not None and before.made is not None and before.made.manifest == brought.manifest:
+        return _published(before.made, before.pointer, changed=False)
+    number = _number(store, before, brought.number)
     try:
         store.upload(number, archive)
     except Taken:
         # The same bytes are an earlier attempt of this very push.
         if store.get(number) != archive:
             raise
-    return _move(store, brought, archive, pointer, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), author)
+    return _move(store, brought, archive, before, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), author)
 
 
 def _writable(store: Store) -> None:
@@ -202,22 +201,39 @@ def _writable(store: Store) -> None:
     store.probe()
 
 
-def _before(store: Store, trusted: Sequence[PublicKey], limit: int) -> tuple[Pointer | None, Revision | None]:
-    """Return the pointer, and the revision in force if it can be used: a bad one is what a push heals."""
+@dataclass(frozen=True)
+class _Before:
+    """What is in force: the pointer's etag, the pointer, the revision; each is ``None`` if it is missing or bad."""
+
+    etag: str | None = None
+    pointer: Pointer | None = None
+    made: Revision | None = None
+
+    @property
+    def number(self) -> int:
+        return self.pointer.revision if self.pointer else 0
+
+
+def _before(store: Store, trusted: Sequence[PublicKey], limit: int) -> _Before:
+    """Return what is in force; what cannot be used is what a push heals."""
     try:
         pointer = store.pointer()
     except NoRevision:
-        return None, None
+        return _Before()
+    except BadPointer as e:
+        return _Before(e.etag)
     assert pointer is not None  # noqa: S101 - asked without an etag
     try:
-        return pointer, revision.open_archive(store.fetch(pointer, limit), trusted, limit=limit)
+        made = revision.open_archive(store.fetch(pointer, limit), trusted, limit=limit)
     except (BadRevision, BadSignature):
-        return pointer, None
+        made = None
+    return _Before(pointer.etag, pointer, made)
 
 
-def _number(store: Store, pointer: Pointer | None, wanted: int | None) -> int:
+def _number(store: Store, before: _Before, wanted: int | None) -> int:
     """Return the number of the new revision: never one that a node would take for an older one."""
-    there = pointer.revision if pointer else 0
+    # A pointer that leads to nothing may say any number; it must not use them all up.
+    there = before.number if before.made is not None else 0
     if wanted is not None:
         if wanted <= there:
             raise OlderRevision(
@@ -227,11 +243,12 @@ def _number(store: Store, pointer: Pointer | None, wanted: int | None) -> int:
                 hint="numbers never go back: to return to an old content use `moat-gateway config rollback`",
             )
         return wanted
-    number = max([there, *(s.number for s in store.list())]) + 1
     try:
         served = fleet.highest(fleet.from_reports(store.reports()))
     except StoreFailed:
         served = 0  # no bucket of reports: nothing is known
+    near = max(there, served) + _LEAP
+    number = max(there, *(n for n in (0, before.number, *(s.number for s in store.list())) if n <= near)) + 1
     if served >= number:
         raise OlderRevision(
             "the nodes have newer revisions than the store: they would refuse the next one",
@@ -242,11 +259,11 @@ def _number(store: Store, pointer: Pointer | None, wanted: int | None) -> int:
     return number
 
 
-def _move(store: Store, made: Revision, raw: bytes, before: Pointer | None, at: str, author: str) -> Published:
+def _move(store: Store, made: Revision, raw: bytes, before: _Before, at: str, author: str) -> Published:
     pointer = Pointer(made.number, revstore.object_name(made.number), sha256(raw).hexdigest(), len(raw), at, author)
-    moved = store.move(pointer, before.etag if before else None)
+    moved = store.move(pointer, before.etag)
     # What was in force may have been another number than the one that a carried revision followed at home.
-    return replace(_published(made, moved, changed=True), previous=before.revision if before else 0)
+    return replace(_published(made, moved, changed=True), previous=before.number)
 
 
 def _published(made: Revision, pointer: Pointer, *, changed: bool) -> Published:

@@ -41,6 +41,12 @@ class NoRevision(BadRevision):
     """Nothing has been pushed to this source yet."""
 
 
+class BadPointer(BadRevision):
+    """What lies where the pointer should be is none; ``etag`` is its own, so that a push can replace it."""
+
+    etag = ""
+
+
 class Taken(PushConflict):
     """The number of the revision is taken."""
 
@@ -106,7 +112,7 @@ class Source(Protocol):
         Raises:
             NoRevision: nothing has been pushed yet.
             StoreFailed: the source does not answer, or refuses.
-            BadRevision: what lies there is no pointer.
+            BadPointer: what lies there is no pointer (a :class:`BadRevision`).
         """
 
     def fetch(self, pointer: Pointer, limit_bytes: int) -> bytes:
@@ -204,24 +210,24 @@ def parse_pointer(raw: bytes, etag: str, where: str) -> Pointer:
     """Read the bytes of a pointer.
 
     Raises:
-        BadRevision: they are none.
+        BadPointer: they are none.
     """
     try:
         value: Any = json.loads(raw) if len(raw) <= MAX_POINTER else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or set(value) != _FIELDS or type(value["format"]) is not int or value["format"] != 1:
-        raise _bad_pointer(where, f"{min(len(raw), MAX_POINTER + 1)} bytes that are none")
+        raise _bad_pointer(where, etag, f"{min(len(raw), MAX_POINTER + 1)} bytes that are none")
     number, size = value["revision"], value["size"]
     if type(number) is not int or not 0 < number <= MAX_NUMBER or value["object"] != object_name(number):
-        raise _bad_pointer(where, "a number or a name that cannot be one")
+        raise _bad_pointer(where, etag, "a number or a name that cannot be one")
     if type(size) is not int or not 0 < size <= MAX_NUMBER:
-        raise _bad_pointer(where, "a size that cannot be one")
+        raise _bad_pointer(where, etag, "a size that cannot be one")
     if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
-        raise _bad_pointer(where, "a sha256 that cannot be one")
+        raise _bad_pointer(where, etag, "a sha256 that cannot be one")
     for name in ("pushed_at", "author"):
         if not isinstance(value[name], str) or not value[name].isprintable():
-            raise _bad_pointer(where, f"a text in {name} that cannot be one")
+            raise _bad_pointer(where, etag, f"a text in {name} that cannot be one")
     return Pointer(number, value["object"], value["sha256"], size, value["pushed_at"], value["author"], etag)
 
 
@@ -297,11 +303,13 @@ def conflict(where: str, winner: Pointer | None) -> PushConflict:
     )
 
 
-def _bad_pointer(where: str, found: str) -> BadRevision:
-    return BadRevision(
+def _bad_pointer(where: str, etag: str, found: str) -> BadPointer:
+    refusal = BadPointer(
         f"the object {POINTER} is not a pointer to a revision",
         found=found,
         expected="what `moat-gateway config push` writes",
         hint="push again; see who else writes to the store",
         path=where,
     )
+    refusal.etag = etag
+    return refusal

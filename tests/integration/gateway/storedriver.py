@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that uses ``moat_gateway.revstore`` and ``publish`` on request: one JSON object a line, in and out.
+
+Run by the gateway's Python, which has boto3. The settings come from the environment, as for a command. Faults are real:
+``die_at`` ends the process with SIGKILL before or after a step, ``gate`` makes it wait for a line before a step.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from moat_gateway import publish, revstore, settings, sitekey
+from moat_gateway.errors import GatewayError
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    values = settings.load(os.environ)[0]
+    store = revstore.open_store(values)
+    answer({"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer({"ok": True, "value": Operations(values, store).__getattribute__(request.pop("op"))(**request)})
+        except GatewayError as e:
+            answer({"ok": False, "error": type(e).__name__, "exit": e.exit_code, "text": e.one_line()})
+
+
+def answer(value: Any) -> None:
+    """Write one line."""
+    print(json.dumps(value), flush=True)
+
+
+class Operations:
+    """What can be asked for."""
+
+    def __init__(self, values: settings.Settings, store: revstore.Store) -> None:
+        self.values, self.store = values, store
+
+    def push(
+        self,
+        text: str,
+        size: int = 0,
+        number: int | None = None,
+        die_at: str = "",
+        gate: str = "",
+        author: str = "tester",
+    ) -> Any:
+        store: Any = self.store
+        if die_at or gate:
+            store = Faulty(self.store, die_at, gate)
+        key = sitekey.SigningKey.read(self.values.site_key_file)
+        files = {"config.yaml": text.encode(), "keys.yaml": b"keys: []\n"}
+        if size:
+            files["routers/large.txt"] = os.urandom(size // 2).hex().encode()
+        done = publish.push(
+            store,
+            publish.Wanted(files, author, f"says {text}", number),
+            key=key,
+            trusted=sitekey.read_trusted(self.values.site_keys_dir),
+            limit=self.values.revision_max << 20,
+        )
+        return dataclasses.asdict(done)
+
+    def carry(self, raw: str) -> Any:
+        done = publish.carry(
+            self.store,
+            base64.b64decode(raw),
+            trusted=sitekey.read_trusted(self.values.site_keys_dir),
+            limit=self.values.revision_max << 20,
+            author="carrier",
+        )
+        return dataclasses.asdict(done)
+
+    def pointer(self, etag: str | None = None) -> Any:
+        found = self.store.pointer(etag)
+        return dataclasses.asdict(found) if found else None
+
+    def content(self, limit: int = 1 << 30) -> str:
+        """Return config.yaml of what is in force, verified."""
+        _pointer, made = publish.current(self.store, sitekey.read_trusted(self.values.site_keys_dir), limit)
+        return made.files["config.yaml"].decode()
+
+    def get(self, number: int) -> str:
+        return base64.b64encode(self.store.get(number)).decode()
+
+    def upload(self, number: int, raw: str) -> None:
+        self.store.upload(number, base64.b64decode(raw))
+
+    def list(self) -> Any:
+        return [s.number for s in self.store.list()]
+
+    def probe(self) -> None:
+        self.store.probe()
+
+    def report(self, node: str, value: Any) -> None:
+        self.store.report(node, json.dumps(value).encode())
+
+    def reports(self) -> Any:
+        return {n: {"value": json.loads(r.raw), "age": r.age} for n, r in self.store.reports().items()}
+
+    def forget(self, node: str) -> bool:
+        return self.store.forget(node)
+
+    def replica_of(self) -> str | None:
+        return self.store.replica_of()
+
+    def plant(self, name: str, raw: str | None) -> None:
+        """Write (or with ``None`` remove) an object as somebody who goes past the product."""
+        if self.values.source_dir:
+            path = Path(self.values.source_dir) / name
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            if raw is not None:
+                path.write_bytes(base64.b64decode(raw))
+            return
+        from moat_gateway import store
+
+        client = store.connect(self.values)
+        if raw is None:
+            client.delete_object(Bucket=self.values.store_bucket, Key=name)
+        else:
+            client.put_object(Bucket=self.values.store_bucket, Key=name, Body=base64.b64decode(raw))
+
+
+class Faulty:
+    """A store whose steps can be the last ones of this process, or wait for somebody else."""
+
+    def __init__(self, store: revstore.Store, die_at: str, gate: str) -> None:
+        self._store, self._die_at, self._gate = store, die_at, gate
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def step(*arguments: Any) -> Any:
+            if self._gate == name:
+                answer({"at": name})
+                sys.stdin.readline()
+            if self._die_at == f"before {name}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = method(*arguments)
+            if self._die_at == f"after {name}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return step
+
+
+if __name__ == "__main__":
+    main()
