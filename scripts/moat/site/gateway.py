@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -41,8 +41,8 @@ _CONTAINERS: Final = tuple(
     for p in ("/usr", "/etc", "/opt/moat/app", "/opt/moat/wheels", "/run", "/var/lib/moat", "/tmp")  # noqa: S108
 )
 _NEVER: Final = tuple(Path(p) for p in ("/proc", "/sys", "/dev"))
-#: Folder of the container for what the command is going to make.
-_NEW: Final = "/host"
+#: Folder of the container for files of a folder that it has itself, as of /tmp.
+_ELSEWHERE: Final = "/host"
 
 Chown = Callable[[Path, int, int], None]
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="gateway-", dir=root / "state") as work:
             brought = Brought(Path(work), root / "config")
-            argv = [brought.word(w) for w in words]
+            argv = brought.words(words)
             code = subprocess.run(_argv(root, args.instance, brought.mounts(), argv), check=False).returncode
             for path in brought.back():
                 console.info(f"written: {path}")
@@ -118,43 +118,31 @@ class Brought:
     work: Path
     config: Path
     chown: Chown = os.chown
-    _copies: dict[Path, Path] = field(default_factory=dict)  # path on the host -> its copy
-    _new: list[tuple[Path, Path]] = field(default_factory=list)  # folder on the host, folder for what is made there
+    #: Folder on the host -> its copy, and where the container sees it.
+    _folders: dict[Path, tuple[Path, Path]] = field(default_factory=dict)
+    _whole: list[Path] = field(default_factory=list)  # those of which everything was copied
     _before: dict[Path, bytes] = field(default_factory=dict)
     _bytes: int = 0
 
-    def word(self, word: str) -> str:
-        """Return a word of the command as the container is to read it; what it names is copied.
+    def words(self, words: Sequence[str]) -> list[str]:
+        """Return the words of the command as the container is to read them; what they name is copied.
 
         Only words (or values of ``--option=value``) that begin with ``/`` or ``.`` can be paths.
 
         Raises:
-            GatewayFiles: the path is a link, holds too much, or would cover what the container needs.
+            GatewayFiles: a path is a link, holds too much, or would cover what the container needs.
             OSError: it cannot be read.
         """
-        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if not re.match(r"/|\.\.?(/|$)", value):
-            return word
-        path = Path(value).absolute()  # not resolved: what a link leads to is not what was named
-        if ".." in path.parts:
-            path = path.resolve()
-        if path == self.config or self.config in path.parents:
-            value = str(path)
-        elif os.path.lexists(path):
-            self._copy(path)
-            value = str(path)
-        elif path.parent.is_dir() and path.parent != Path("/"):
-            folder = self.work / f"new-{len(self._new)}"
-            folder.mkdir(mode=0o700)
-            self.chown(folder, GATEWAY, GATEWAY)
-            value = f"{_NEW}/{len(self._new)}/{path.name}"
-            self._new.append((path.parent, folder))
-        return f"{option}{equals}{value}"
+        split = [w.partition("=") if w.startswith("--") else ("", "", w) for w in words]
+        paths = {value: path for _, _, value in split if (path := _path(value)) is not None}
+        # Folders first, and those above others before these: a file is then known to be in one of them.
+        for path in sorted(set(paths.values()), key=lambda p: (not p.is_dir(), len(p.parts))):
+            self._bring(path)
+        return [o + e + (str(self._inside(paths[v])) if v in paths else v) for o, e, v in split]
 
     def mounts(self) -> list[str]:
         """Return the values of docker's ``-v``."""
-        copies = [f"{copy}:{path}" for path, copy in self._copies.items()]
-        return copies + [f"{folder}:{_NEW}/{n}" for n, (_, folder) in enumerate(self._new)]
+        return [f"{copy}:{inside}" for copy, inside in self._folders.values()]
 
     def back(self) -> list[Path]:
         """Write what the command made or changed to its place on this host, and return those paths.
@@ -163,16 +151,16 @@ class Brought:
             OSError: it cannot be written.
         """
         written = []
-        for host, copy in [*self._copies.items(), *self._new]:
-            for file in [copy] if copy.is_file() else _files(copy):
+        for host, (copy, _) in self._folders.items():
+            for file in sorted(p for p in copy.rglob("*") if p.is_file() and not p.is_symlink()):
                 # Locks and temporary files of the command begin with a dot.
-                inside = file.relative_to(copy)
-                if file.is_symlink() or any(part.startswith(".") for part in inside.parts):
+                part = file.relative_to(copy)
+                if any(name.startswith(".") for name in part.parts):
                     continue
                 data = file.read_bytes()
                 if self._before.get(file) == data:
                     continue
-                target = host / inside
+                target = host / part
                 target.parent.mkdir(parents=True, exist_ok=True)
                 owner = target.stat() if target.exists() else target.parent.stat()
                 write_file(target, data, file.stat().st_mode & 0o777, owner.st_uid)
@@ -180,28 +168,46 @@ class Brought:
                 written.append(target)
         return written
 
-    def _copy(self, path: Path) -> None:
-        if path in self._copies:
+    def _bring(self, path: Path) -> None:
+        if any(path == known or known in path.parents for known in (self.config, *self._whole)):
             return
-        covers = [c for c in _CONTAINERS if path == c or path in c.parents]
-        covers += [c for c in _NEVER if c == path or c in path.parents]
-        if path.is_symlink() or covers:
+        refused = [c for c in _NEVER if c == path or c in path.parents]
+        if path.is_dir():
+            refused += _covered(path)
+        if path.is_symlink() or refused:
             raise GatewayFiles(
                 f"{path} cannot be brought to moat-gateway",
-                found="a symbolic link" if path.is_symlink() else f"it would cover {covers[0]} of the container",
+                found="a symbolic link" if path.is_symlink() else f"it would cover {refused[0]} of the container",
                 expected="a file or folder of its own",
                 hint="name what the link leads to" if path.is_symlink() else "copy what is meant to another folder",
                 path=str(path),
             )
-        copy = self.work / f"copy-{len(self._copies)}"
         if path.is_dir():
-            copy.mkdir(mode=0o700)
+            copy = self._folder(path)
+            self._whole.append(path)
             for source in sorted(path.rglob("*")):
                 self._take(source, copy / source.relative_to(path))
-        else:
-            self._take(path, copy)
-        self.chown(copy, GATEWAY, GATEWAY)
-        self._copies[path] = copy
+        elif path.parent.is_dir():
+            # Its folder, with nothing else in it: a command replaces a file by writing another one beside it.
+            copy = self._folder(path.parent)
+            if os.path.lexists(path):
+                self._take(path, copy / path.name)
+
+    def _folder(self, host: Path) -> Path:
+        if host not in self._folders:
+            number = len(self._folders)
+            copy = self.work / str(number)
+            copy.mkdir(mode=0o700)
+            self.chown(copy, GATEWAY, GATEWAY)
+            self._folders[host] = (copy, Path(f"{_ELSEWHERE}/{number}") if _covered(host) else host)
+        return self._folders[host][0]
+
+    def _inside(self, path: Path) -> Path:
+        """Return where the container sees a path: at the same place, unless something of its own is there."""
+        for host, (_, inside) in self._folders.items():
+            if path == host or host in path.parents:
+                return inside / path.relative_to(host)
+        return path
 
     def _take(self, source: Path, copy: Path) -> None:
         if source.is_symlink():
@@ -229,5 +235,14 @@ class Brought:
         self.chown(copy, GATEWAY, GATEWAY)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    yield from (p for p in sorted(folder.rglob("*")) if p.is_file())
+def _path(word: str) -> Path | None:
+    """Return the path of this host that a word names, or ``None`` if it names none."""
+    if not re.match(r"/|\.\.?(/|$)", word):
+        return None
+    path = Path(word).absolute()  # not resolved: what a link leads to is not what was named
+    return path.resolve() if ".." in path.parts else path
+
+
+def _covered(folder: Path) -> list[Path]:
+    """Return what of the container's own would not be seen any more below a folder that is mounted."""
+    return [c for c in _CONTAINERS if folder == c or folder in c.parents]

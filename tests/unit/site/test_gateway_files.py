@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def mounts(brought: Brought) -> dict[str, Path]:
 def test_a_named_folder_is_copied_to_the_same_path_for_the_containers_user(
     host: Path, brought: Brought, owners: dict[Path, int]
 ) -> None:
-    assert brought.word(str(host)) == str(host)
+    assert brought.words([str(host)]) == [str(host)]
     copy = mounts(brought)[str(host)]
     assert (copy / "config.yaml").read_text() == "model_list: []\n"
     assert (copy / "routers/index.yaml").exists()
@@ -73,18 +74,19 @@ def test_words_that_are_no_paths_stay_and_the_configuration_folder_is_there_anyw
     config = tmp_path / "moat/config"
     config.mkdir(parents=True)
     for word in ("config", "push", "--json", "config.yaml", "--message=a/b", str(config), f"{config}/keys.yaml", "1.5"):
-        assert brought.word(word) == word
+        assert brought.words([word]) == [word]
     monkeypatch.chdir(config)
-    assert brought.word(".") == str(config)
+    assert brought.words(["."]) == [str(config)]
     assert brought.mounts() == []
     monkeypatch.chdir(host)
-    assert brought.word("../host/routers") == str(host / "routers")
-    assert brought.word("--config=./config.yaml") == f"--config={host}/config.yaml"
-    assert set(mounts(brought)) == {str(host / "routers"), str(host / "config.yaml")}
+    words = brought.words(["../host/routers", "--config=./config.yaml", "x"])
+    assert words == [str(host / "routers"), f"--config={host}/config.yaml", "x"]
+    assert set(mounts(brought)) == {str(host / "routers"), str(host)}
+    assert [p.name for p in mounts(brought)[str(host)].iterdir()] == ["config.yaml"]
 
 
 def test_what_the_command_changed_or_made_is_brought_back_and_nothing_else(host: Path, brought: Brought) -> None:
-    brought.word(str(host))
+    brought.words([str(host)])
     copy = mounts(brought)[str(host)]
     (copy / "keys.yaml").write_text("keys: []\n")
     (copy / "keys.yaml").chmod(0o640)
@@ -99,23 +101,45 @@ def test_what_the_command_changed_or_made_is_brought_back_and_nothing_else(host:
     assert (host / "routers/index.yaml").stat().st_mtime_ns == before
 
 
-def test_a_single_file_can_be_changed_too(host: Path, brought: Brought) -> None:
-    brought.word("--keys=" + str(host / "config.yaml"))
-    mounts(brought)[str(host / "config.yaml")].write_text("changed\n")
+def test_a_single_file_can_be_replaced_too(host: Path, brought: Brought) -> None:
+    """By a file beside it that is renamed, as the command does; the folder holds nothing else."""
+    brought.words(["--keys=" + str(host / "config.yaml")])
+    copy = mounts(brought)[str(host)]
+    (copy / ".config.yaml.tmp").write_text("changed\n")
+    (copy / ".config.yaml.tmp").replace(copy / "config.yaml")
     assert brought.back() == [host / "config.yaml"]
     assert (host / "config.yaml").read_text() == "changed\n"
+    assert (host / "routers/index.yaml").exists()
 
 
 def test_a_file_or_folder_that_is_to_be_made_comes_to_its_place(host: Path, brought: Brought) -> None:
-    key, folder = brought.word(str(host / "new.key")), brought.word(str(host / "next"))
-    assert (key, folder) == ("/host/0/new.key", "/host/1/next")
-    places = mounts(brought)
-    (places["/host/0"] / "new.key").write_text("secret\n")
-    (places["/host/0"] / "new.key").chmod(0o600)
-    (places["/host/1"] / "next").mkdir()
-    (places["/host/1"] / "next/config.yaml").write_text("x\n")
+    words = [str(host / "new.key"), str(host / "next")]
+    assert brought.words(words) == words
+    place = mounts(brought)[str(host)]
+    (place / "new.key").write_text("secret\n")
+    (place / "new.key").chmod(0o600)
+    (place / "next").mkdir()
+    (place / "next/config.yaml").write_text("x\n")
     assert brought.back() == [host / "new.key", host / "next/config.yaml"]
     assert (host / "new.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_of_a_folder_that_the_container_has_itself_is_seen_elsewhere(brought: Brought) -> None:
+    with tempfile.NamedTemporaryFile(dir="/tmp") as file:
+        (word,) = brought.words([file.name])
+        assert word == f"/host/0/{Path(file.name).name}"
+        copy = mounts(brought)["/host/0"]
+        assert [p.name for p in copy.iterdir()] == [Path(file.name).name]
+        (copy / Path(file.name).name).write_text("changed")
+        assert brought.back() == [Path(file.name)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_file_inside_of_a_folder_that_is_named_too_is_the_folders(host: Path, brought: Brought, order: int) -> None:
+    words = [str(host), str(host / "config.yaml"), str(host / "routers"), str(host / "new.key")][::order]
+    assert brought.words(words) == words
+    assert set(mounts(brought)) == {str(host)}
+    assert (mounts(brought)[str(host)] / "routers/index.yaml").exists()
 
 
 def test_links_inside_a_folder_are_shown_to_the_command_not_followed(
@@ -123,7 +147,7 @@ def test_links_inside_a_folder_are_shown_to_the_command_not_followed(
 ) -> None:
     (tmp_path / "shadow").write_text("precious")
     (host / "keys.yaml").symlink_to(tmp_path / "shadow")
-    brought.word(str(host))
+    brought.words([str(host)])
     copy = mounts(brought)[str(host)] / "keys.yaml"
     assert copy.is_symlink()
     copy.unlink()
@@ -143,14 +167,14 @@ def test_what_would_cover_the_container_or_is_none_of_its_business_is_refused(
         ("/proc/self", "would cover|symbolic link"), (str(link), "symbolic link"), (str(host), "neither a file"),
     ):  # fmt: skip
         with pytest.raises(GatewayFiles) as refused:
-            brought.word(path)
+            brought.words([path])
         assert re.search(words, f"{refused.value} {refused.value.found}"), path
 
 
 def test_too_much_is_refused(host: Path, brought: Brought, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "_MOST_FILES", 1)
     with pytest.raises(GatewayFiles, match="too much"):
-        brought.word(str(host))
+        brought.words([str(host)])
 
 
 @pytest.mark.parametrize(("options", "words"), [([], "is no deployment folder"), (["--instance", "a/b"], "--instance")])
