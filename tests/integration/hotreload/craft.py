@@ -123,9 +123,12 @@ class Bucket:
         assert status == 204, (status, body)
 
     def current(self) -> Fields:
-        """Return the pointer; number 0 if there is none."""
+        """Return the pointer; number 0 if there is none that can be read."""
         status, body = self.call("GET", "current")
-        return json.loads(body) if status == 200 else {"revision": 0}
+        try:
+            return dict(json.loads(body)) if status == 200 else {"revision": 0}
+        except ValueError:
+            return {"revision": 0}
 
     def call(self, method: str, key: str, data: bytes = b"") -> tuple[int, bytes]:
         now = datetime.now(UTC)

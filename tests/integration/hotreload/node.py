@@ -159,3 +159,16 @@ class Node:
             except (FileNotFoundError, KeyError, TypeError):
                 continue
         return found
+
+    def describe(self) -> str:
+        """Return what there is to know of this node, for the message of a failed test."""
+        lines = [f"{self.name}: accepted {self.accepted()}, reported {self.reported()}, {self.sync_state()}"]
+        lines.append(self.sidecar.tail(1500))
+        for gateway in self.gateways:
+            try:
+                lines.append(f"{gateway.name}: {gateway.status()}")
+            except (OSError, ValueError) as e:
+                lines.append(f"{gateway.name}: {type(e).__name__}")
+            quiet = [x for x in gateway.text().splitlines() if "request.finished" not in x]
+            lines += quiet[-6:]
+        return "\n".join(lines)

@@ -158,8 +158,7 @@ class Site:
         deadline = time.monotonic() + seconds
         while not all_serve():
             assert time.monotonic() < deadline, "\n".join(
-                [f"not all serve {number} within {seconds:g} s: {[n.reported() for n in self.nodes]}"]
-                + [f"{n.name}: accepted {n.accepted()}, {n.sync_state()}\n{n.sidecar.tail(1500)}" for n in self.nodes]
+                [f"not all serve {number} within {seconds:g} s", *(n.describe() for n in self.nodes)]
             )
             time.sleep(0.02)
 

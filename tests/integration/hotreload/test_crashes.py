@@ -75,7 +75,7 @@ def test_a_store_that_stops_leaves_all_serving_and_is_caught_up_with_when_it_is_
     consistent(site, number)
     until("nobody is degraded", 10, lambda: not any(g.status()["degraded"] for g in site.gateways))
     assert gateway.metrics()["moat_config_staleness_seconds"] < STALE_AFTER
-    traffic.stop().assert_whole()
+    traffic.stop().assert_whole(at_least=5)
     traffic.assert_forward()
 
 
@@ -190,7 +190,7 @@ def test_gateways_are_killed_while_they_apply_and_come_back_whole(site: Site) ->
     traffic = site.load()
     killed: list[tuple[Gateway, float]] = []
     number = 0
-    for round_ in range(4):
+    for round_ in range(3):
         victim = site.gateways[round_ % 3]
         number = push(site)
         if round_ % 2 == 0:

@@ -128,7 +128,7 @@ CONTENT: dict[str, Wrong] = {
     ),
     "keys that are none": Wrong("bad-keys", keys("teams: []\nkeys:\n  - {id: a, team: nobody, sha256: 12}\n")),
     "no keys.yaml": Wrong("bad-revision", without("keys.yaml")),
-    "a router model of another hash": Wrong("bad-revision", router("m.safetensors", b"weights", "0" * 64)),
+    "a router model of another hash": Wrong("bad-revision", router("m.safetensors", b"weights", "ab" * 32)),
     "a router model that is a pickle": Wrong("bad-revision", router("m.pkl", b"\x80\x04.")),
     "a router that takes for ever": Wrong("dry-run-failed", endless, pushed=False),
 }
@@ -235,7 +235,7 @@ def refused(site: Site, serving: int, number: int | None, kind: str, before: dic
     assert status["config"]["revision"] == serving
     assert status["ready"]
     assert any(e.get("kind") == kind and e.get("revision") == number for e in node.sidecar.events())
-    name = 'moat_config_reload_total{result="refused"}'
+    name = "moat_config_sync_refused_total"
     until("the metric counts it", 5, lambda: gateway.metrics()[name] > before[name])
     until("config status names it", 15, lambda: names(site.admin.status()["nodes"][0], number), 0.5)
 

@@ -100,8 +100,8 @@ class Watch:
         """Wait until all gateways have named this revision; return the moment at which the last did."""
         deadline = time.monotonic() + seconds
         while (moment := self.served_by_all(number)) is None:
-            assert time.monotonic() < deadline, f"not all serve {number} within {seconds:g} s: " + "; ".join(
-                f"{n.reported()}, {n.sync_state()}" for n in self._nodes
+            assert time.monotonic() < deadline, "\n".join(
+                [f"not all serve {number} within {seconds:g} s", *(n.describe() for n in self._nodes)]
             )
             time.sleep(self.PAUSE)
         return moment
