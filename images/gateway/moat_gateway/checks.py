@@ -262,6 +262,10 @@ class _Words:
         """Refuse one id for two deployments: the router would hold only one of them."""
         seen: set[str] = set()
         for i, entry in enumerate(_list(self._data.get("model_list"))):
+            info = _mapping(entry).get("model_info")
+            if info is not None and not isinstance(info, dict):
+                at: Trail = ("model_list", i, "model_info")
+                self._report(at, f"{dotted(at)} is not a mapping", expected="keys and values", hint="correct the line")
             own = _mapping(_mapping(entry).get("model_info")).get("id")
             if own is None:
                 continue

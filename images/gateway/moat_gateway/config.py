@@ -399,7 +399,8 @@ class _Checker:
                     BadConfig, at, f"{dotted(at)} is not a deployment", expected="model_name and litellm_params.model"
                 )
                 continue
-            named = credentials.get(params.get("litellm_credential_name"), {})
+            by_name = params.get("litellm_credential_name")
+            named = credentials.get(by_name, {}) if isinstance(by_name, str) else {}
             if not any(params.get(b) or named.get(b) for b in rules.BASES):
                 self._report(
                     EndpointRefused,
@@ -417,12 +418,16 @@ class _Checker:
                     hint="remove model_info.custom_tokenizer",
                 )
 
-    def _credentials(self) -> dict[Any, dict[str, Any]]:
-        out = {}
-        for entry in self._data.get("credential_list") or []:
-            if isinstance(entry, dict) and isinstance(entry.get("credential_values"), dict):
-                out[entry.get("credential_name")] = entry["credential_values"]
-        return out
+    def _credentials(self) -> dict[str, dict[str, Any]]:
+        return {
+            entry["credential_name"]: entry["credential_values"]
+            for entry in self._entries("credential_list")
+            if isinstance(entry.get("credential_name"), str) and isinstance(entry.get("credential_values"), dict)
+        }
+
+    def _entries(self, section: str) -> Iterator[dict[Any, Any]]:
+        value = self._data.get(section)
+        yield from (entry for entry in value if isinstance(entry, dict)) if isinstance(value, list) else ()
 
     def _services(self) -> None:
         for section in rules.NEEDS_BASE:
@@ -435,8 +440,10 @@ class _Checker:
                         expected="api_base of a server of this site",
                         hint="add it, or remove the entry",
                     )
-        for i, guardrail in enumerate(self._data.get("guardrails") or []):
-            own = (guardrail.get("litellm_params") if isinstance(guardrail, dict) else None) or {}
+        guardrails = self._data.get("guardrails")
+        for i, guardrail in enumerate(guardrails if isinstance(guardrails, list) else []):
+            own = guardrail.get("litellm_params") if isinstance(guardrail, dict) else None
+            own = own if isinstance(own, dict) else {}
             kind = str(own.get("guardrail", ""))
             if "." in kind:
                 self._code(("guardrails", i), kind)
@@ -457,7 +464,7 @@ class _Checker:
                     hint="run the server by itself and give its url",
                 )
         cache = self._get(("litellm_settings", "cache_params"))
-        type_ = cache.get("type", "redis") if isinstance(cache, dict) else "local"
+        type_ = str(cache.get("type", "redis")) if isinstance(cache, dict) else "local"
         if type_ not in rules.CACHE_TYPES or (type_ == "s3" and not cache.get("s3_endpoint_url")):
             self._report(
                 EndpointRefused,

@@ -189,7 +189,7 @@ def _routers(files: Mapping[str, bytes]) -> list[GatewayError]:
         problems.append(kind(message, path=INDEX, line=document.line(at), **more))
 
     data = {} if document.data is None else document.data
-    if not isinstance(data, dict) or set(data) - {"models"} or not isinstance(data.get("models") or [], list):
+    if not isinstance(data, dict) or set(data) - {"models"} or not isinstance(data.get("models"), list | None):
         report(
             (),
             "is not a list of models",

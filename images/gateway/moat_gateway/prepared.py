@@ -202,13 +202,15 @@ def prepare(checked: CheckedConfig, keys: KeySet, *, revision: int) -> Prepared:
 
 
 def _deployments(effective: Mapping[str, Any]) -> tuple[Deployment, ...]:
+    listed = effective.get("credential_list")
     credentials = {
-        c.get("credential_name"): c for c in effective.get("credential_list") or [] if isinstance(c, Mapping)
+        str(c.get("credential_name")): c for c in (listed if isinstance(listed, list) else []) if isinstance(c, Mapping)
     }
     out: list[Deployment] = []
     seen: dict[str, int] = {}
     for entry in effective["model_list"]:
-        credential = credentials.get(entry["litellm_params"].get("litellm_credential_name"))
+        named = entry["litellm_params"].get("litellm_credential_name")
+        credential = credentials.get(named) if isinstance(named, str) else None
         whole = json.dumps([entry, credential], sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(whole.encode("ascii")).hexdigest()
         seen[digest] = seen.get(digest, 0) + 1
