@@ -250,6 +250,8 @@ class Live:
         s.secret_problems = {n: p for n, p in look.problems.items() if n in wanted.files}
         self._secret_restart = ()
         self._settled()
+        await work.rest()
+        await change.tidy(work.pause)
         work.end()
         self._hold(work.longest)
         self._counters.reloads["applied"] += 1
@@ -358,6 +360,8 @@ class Live:
             change = await self._serving.prepare(s.served.wanted(values), work.pause)
             await work.rest()
             change.commit()
+            await work.rest()
+            await change.tidy(work.pause)
         except (NeedsRestart, GatewayError) as e:
             # The values count as seen: the same ones would be refused again at every look.
             self._values = values

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -377,6 +378,9 @@ class _Process:
         state.dropped = max(0, expected - litellm_port.deployments())
         if state.dropped:
             self._log.event("config.deployments_dropped", "error", expected=expected, found=litellm_port.deployments())
+        # What is there now stays: looking through it for garbage again and again holds the loop for long.
+        gc.collect()
+        gc.freeze()
         # From here on a library's message may quote a prompt.
         self._log.serving = True
 

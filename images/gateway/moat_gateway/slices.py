@@ -39,9 +39,13 @@ class Slices:
         self._begun = clock()
         self.longest = 0.0
 
-    async def pause(self) -> None:
-        """Go on if the slice is young; else let the loop do everything else first."""
-        if self._clock() - self._begun >= SLICE:
+    async def pause(self, most: float = SLICE) -> None:
+        """Go on if the slice is young; else let the loop do everything else first.
+
+        Args:
+            most: seconds of a young slice; less of it before a step that is long in itself.
+        """
+        if self._clock() - self._begun >= most:
             await self.rest()
 
     async def rest(self) -> None:

@@ -44,7 +44,10 @@ TABLES: Mapping[str, Callable[[], Any]] = {
 _RETIRED_SECONDS = 600.0  # prices of a deployment are kept this long after it went: requests may still be running
 _RETIRED_MOST = 1000
 
-Pause = Callable[[], Awaitable[None]]
+_BEFORE_LONG = 0.0002  # seconds that a slice may have taken before a deployment is made in it, which takes 1 to 2 ms
+
+#: Lets the loop go on when a slice has been long enough; the argument says how long that is (s).
+Pause = Callable[..., Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Change:
         self.staging = staging  # None: the deployments stay as they are
         self.made = made
         self.built: list[_Built] = []
+        self.before: list[_Built] = []
         self.head = ""
 
     def commit(self) -> None:
@@ -108,6 +112,14 @@ class Change:
             LiteLLMRefused: LiteLLM does not accept it; everything is as it was before.
         """
         self._serving.commit(self)
+
+    async def tidy(self, pause: Pause) -> None:
+        """After :meth:`commit`: let go, a slice at a time, what belonged to the deployments that went.
+
+        Args:
+            pause: as for :meth:`Serving.prepare`.
+        """
+        await self._serving.tidy(self, pause)
 
     def drop(self) -> None:
         """Forget the change, and what making it left in LiteLLM's price table."""
@@ -234,6 +246,7 @@ class Serving:
             same = reused[i]
             # A wildcard is also in the tables of patterns; making it again puts it there.
             if same is None or any("*" in str(m.get("model_name")) or _team_wildcard(m) for m in same.models):
+                await pause(_BEFORE_LONG)
                 secrets = {n: wanted.secrets[n] for n in wanted.references[i] if n in wanted.secrets}
                 models = self._make(staging, entry, secrets, duplicates)
                 built = _Built(_key(wanted, i), models, entry_text(entry))
@@ -305,9 +318,9 @@ class Serving:
                 found=type(e).__name__,
                 hint="correct router_settings or litellm_settings; the old configuration goes on serving",
             ) from e
-        self._retire(change)
         self._prices_before.clear()
-        self.wanted, self._built = change.wanted, change.built
+        change.before, self._built = self._built, change.built
+        self.wanted = change.wanted
         self._head = change.head
 
     def _put(self, change: Change, undo: list[Callable[[], object]]) -> None:
@@ -395,7 +408,7 @@ class Serving:
     def _note_prices(self, id_: str, params: Mapping[str, Any]) -> None:
         import litellm
 
-        for key in _price_keys({"model_info": {"id": id_}, "litellm_params": params}):
+        for key in _price_keys(_router(), {"model_info": {"id": id_}, "litellm_params": params}):
             self._prices_before.setdefault(key, copy.copy(litellm.model_cost.get(key)))
 
     def drop(self, change: Change) -> None:
@@ -412,24 +425,25 @@ class Serving:
             litellm.utils._invalidate_model_cost_lowercase_map()
         self._prices_before.clear()
 
-    def _retire(self, change: Change) -> None:
+    async def tidy(self, change: Change, pause: Pause) -> None:
+        """See :meth:`Change.tidy`."""
         if change.staging is None:
             return
-        now = self._clock()
-        used = {key for b in change.built for m in b.models for key in _price_keys(m)}
-        cache = _router().cache.in_memory_cache
+        now, router = self._clock(), _router()
         kept = {id(b) for b in change.built}
-        for built in self._built:
-            if id(built) in kept:
-                continue
-            for model in built.models:
+        used: set[str] = set()
+        for built in change.built:
+            used.update(key for model in built.models for key in _price_keys(router, model))
+            await pause()
+        for built in change.before:
+            for model in built.models if id(built) not in kept else ():
                 # The limit of requests at once is made anew, by the deployment's new numbers.
-                cache.delete_cache(f"{model['model_info']['id']}_max_parallel_requests_client")
-                for key in _price_keys(model):
-                    if key not in used and key not in self._packaged_models:
-                        self._retired[key] = now
-        for key in used:
-            self._retired.pop(key, None)
+                router.cache.in_memory_cache.delete_cache(f"{model['model_info']['id']}_max_parallel_requests_client")
+                keys = _price_keys(router, model)
+                self._retired.update((k, now) for k in keys if k not in used and k not in self._packaged_models)
+            await pause()
+        for key in used.intersection(self._retired):
+            del self._retired[key]
 
     def _prune(self) -> None:
         """Forget the prices of deployments that went long ago: they would add up."""
@@ -583,10 +597,10 @@ def _load_sections(effective: Mapping[str, Any]) -> None:
     config.config = MappingProxyType({**rest, **sections})
 
 
-def _price_keys(model: Mapping[str, Any]) -> tuple[str, ...]:
+def _price_keys(router: Any, model: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names under which LiteLLM's price table knows a deployment: its id, and the model behind it."""
     params = model["litellm_params"]
-    behind = _router()._backend_cost_map_keys(str(params.get("model", "")), params.get("custom_llm_provider"))
+    behind = router._backend_cost_map_keys(str(params.get("model", "")), params.get("custom_llm_provider"))
     return (str(model["model_info"]["id"]), *behind)
 
 
