@@ -11,11 +11,14 @@ import json
 import os
 import stat
 import time
+import uuid
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+#: No setting: nobody chooses it.
+BOOT_ID_VARIABLE = "BOOT_ID"
 FILE_MODE = 0o640
 FOLDER_MODE = 0o750
 _JSON_MAX = 32 << 20  # bytes
@@ -34,8 +37,12 @@ def boottime() -> float:
 
 @cache
 def boot_id() -> str:
-    """Return the name of this run of the machine; times of :func:`boottime` are compared within one only."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    """Return the name of this run of the machine; times of :func:`boottime` are compared within one only.
+
+    A unit of systemd with ``ProcSubset=pid`` does not see the file, and is given the same name by the variable.
+    """
+    given = os.environ.get(BOOT_ID_VARIABLE)
+    return str(uuid.UUID(given or Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()))
 
 
 def timestamp() -> str:
