@@ -227,7 +227,8 @@ def _reload(args: argparse.Namespace) -> int:
     config, refused = answer["config"], answer["config"]["last_refused"]
     if code != 200:
         if refused is not None:
-            raise BadRevision(f"revision {refused['revision']} is refused: {refused['reason']}")
+            what = f"revision {refused['revision']}" if refused["revision"] else "what the source offers"
+            raise BadRevision(f"{what} is refused: {refused['reason']}")
         problem = (answer.get("problems") or [{}])[0]
         kinds = {k.kind: k for k in all_kinds()}
         raise kinds.get(str(problem.get("kind")), BadKeys)(

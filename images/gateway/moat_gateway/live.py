@@ -43,6 +43,15 @@ _DEEP = frozenset({(), ("effective",), ("effective", "model_list"), ("deployment
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A revision that is refused, and why; ``revision`` is ``None`` if not even its number could be read."""
+
+    revision: int | None
+    kind: str
+    reason: str
+
+
 @dataclass
 class Situation:
     """What serves, and what stands in the way of what should.
@@ -50,7 +59,7 @@ class Situation:
     Attributes:
         served: the configuration in force.
         applied_at: since when.
-        last_refused: number and reason of the revision that cannot be served here, or ``None``.
+        last_refused: the revision that this gateway cannot serve, or ``None``.
         needs_restart: the names of what waits for a restart.
         sync: how config-sync is; ``None`` if nobody knows.
         secret_problems: secret files that cannot be used, by name.
@@ -60,7 +69,7 @@ class Situation:
 
     served: Served
     applied_at: str
-    last_refused: tuple[int, str] | None = None
+    last_refused: Refused | None = None
     needs_restart: tuple[str, ...] = ()
     sync: SyncState | None = None
     secret_problems: Mapping[str, GatewayError] = field(default_factory=dict)
@@ -70,6 +79,13 @@ class Situation:
     def staleness(self) -> float:
         """Return the seconds since the source last answered; 0 if nobody knows."""
         return self.sync.staleness() if self.sync is not None else 0.0
+
+    def refused(self) -> Refused | None:
+        """Return what is refused by this gateway, else by config-sync, or ``None``."""
+        theirs = self.sync.last_refused if self.sync is not None else None
+        if self.last_refused is None and theirs is not None:
+            return Refused(theirs.revision, theirs.kind, theirs.reason)
+        return self.last_refused
 
     def degraded(self, settings: Settings) -> list[str]:
         """Return what a person should know, one line each."""
@@ -81,9 +97,12 @@ class Situation:
             out.append(
                 f"config-sync: the source has not answered for {self.staleness():.0f} s" + (f": {why}" if why else "")
             )
-        if self.last_refused is not None:
-            number, reason = self.last_refused
-            out.append(f"config: revision {number} is refused, revision {self.served.revision} serves: {reason}")
+        refused = self.refused()
+        if refused is not None:
+            who = "config" if refused is self.last_refused else "config-sync"
+            what = "what the source offers" if refused.revision is None else f"revision {refused.revision}"
+            serves = f"revision {self.served.revision} serves" if self.served.revision else "the local files serve"
+            out.append(f"{who}: {what} is refused, {serves}: {refused.reason}")
         if self.needs_restart:
             out.append(f"config: needs restart: {', '.join(self.needs_restart)}")
         out += [f"secrets: {name}: an older value counts: {e.one_line()}" for name, e in self.secret_problems.items()]
@@ -131,6 +150,7 @@ class Live:
         self._secret_restart: tuple[str, ...] = ()
         self._retry_at: float | None = None
         self._lock = asyncio.Lock()
+        self._looks: set[asyncio.Task[None]] = set()
         # A thread of its own: LiteLLM fills the loop's with its callbacks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="moat-live")
 
@@ -143,30 +163,41 @@ class Live:
 
     async def run(self) -> None:
         """Look for changes, for ever."""
-        async with self._lock:
-            await self._look_at_current()
-            await self._look_at_secrets()
-        next_secrets = time.monotonic() + self._settings.secrets_poll
+        changed = True
+        next_secrets = 0.0
         while True:
-            await asyncio.sleep(TICK)
             now = time.monotonic()
-            changed = self._watch is not None and self._watch.changed()
-            if not changed and now < next_secrets and (self._retry_at is None or now < self._retry_at):
-                continue
-            async with self._lock:
+            try:
+                # A change that failed to be looked at stays one.
+                changed = changed or (self._watch is not None and self._watch.changed())
                 if changed or (self._retry_at is not None and now >= self._retry_at):
-                    await self._look_at_current()
+                    async with self._lock:
+                        await self._look_at_current()
+                    changed = False
                 if now >= next_secrets:
                     next_secrets = now + self._settings.secrets_poll
-                    await self._look_at_secrets()
+                    async with self._lock:
+                        await self._look_at_secrets()
+            except Exception as e:
+                # A defect must not end the looking for changes.
+                self._log.event("defect", "error", error=type(e).__name__, where=where_of(e))
+                await asyncio.sleep(1.0)
+            await asyncio.sleep(TICK)
 
     async def look(self) -> bool:
         """Look at ``current.json`` at once, if it changed; return whether it had."""
         if self._watch is None or not self._watch.changed():
             return False
+        # The caller is a request, and a client that goes away must not leave the change half looked at.
+        task = asyncio.ensure_future(self._look_locked())
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+        await asyncio.shield(task)
+        return True
+
+    async def _look_locked(self) -> None:
         async with self._lock:
             await self._look_at_current()
-        return True
 
     async def look_at_everything(self) -> None:
         """Look at the revision and the secrets at once, whether they changed or not."""
@@ -301,7 +332,7 @@ class Live:
         return prepared.key_set()
 
     def _refused(self, number: int, e: GatewayError) -> None:
-        reason = (number, e.one_line())
+        reason = Refused(number, e.kind, e.one_line())
         self._retry_at = time.monotonic() + RETRY
         if self._situation.last_refused == reason:
             return

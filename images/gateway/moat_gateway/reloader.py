@@ -58,7 +58,7 @@ class Reloader:
         state = self._state
         problems = [e.to_dict() for e in (state.keys.problem, *state.situation.secret_problems.values()) if e]
         return {
-            "ok": keys_ok and not problems and state.situation.last_refused is None,
+            "ok": keys_ok and not problems and state.situation.refused() is None,
             "checked": checked,
             "keys": {"count": len(state.keys.current.keys), "sha256": state.keys.current.sha256},
             "config": state.config(),
@@ -89,9 +89,10 @@ class Reloader:
         if self._reports_dir is None:
             return
         while True:
+            # Cleared first: what is told while the report is being written makes another one.
+            self._told.clear()
             await self._report()
             self._take_turn()
-            self._told.clear()
             try:
                 await asyncio.wait_for(self._told.wait(), BEAT)
             except TimeoutError:

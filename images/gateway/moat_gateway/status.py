@@ -29,7 +29,7 @@ STATUS_FIELDS: dict[str, str] = {
     "not_ready": "why not; empty when ready",
     "draining": "whether it is ending: SIGTERM, or its turn to restart",
     "models": "names that clients use",
-    "config": "`sha256` of the configuration file in force, `revision` (0 for local files), `applied_at`, `last_refused` (`revision`, `reason`), `needs_restart` (names), `staleness_seconds` and `source` of revisions (`kind`, `where`, `reachable`, `why`)",
+    "config": "`sha256` of the configuration file in force, `revision` (0 for local files), `applied_at`, `last_refused` (`revision`, `kind`, `reason`; by this gateway, else by config-sync), `needs_restart` (names), `staleness_seconds` and `source` of revisions (`kind`, `where`, `reachable`, `why`)",
     "keys": "`count`, `teams`, `sha256` of the keys file in force",
     "in_flight": "requests that are being served",
     "active_streams": "streamed answers that have begun and not ended",
@@ -91,7 +91,7 @@ class State:
 
     def report(self) -> Report:
         """Return what config-sync is told."""
-        s = self.situation
+        s, refused = self.situation, self.situation.last_refused
         return Report(
             name=self.settings.instance,
             pid=os.getpid(),
@@ -104,7 +104,9 @@ class State:
             draining=self.draining,
             started_at=self.started,
             degraded=tuple(self.degraded()),
-            last_refused=GatewayRefused(*s.last_refused) if s.last_refused is not None else None,
+            last_refused=GatewayRefused(refused.revision, refused.reason)
+            if refused is not None and refused.revision is not None
+            else None,
             needs_restart=s.needs_restart,
         )
 
@@ -112,11 +114,12 @@ class State:
         """Return the field ``config`` of the status."""
         s = self.situation
         source = s.sync.source if s.sync is not None else None
+        refused = s.refused()
         return {
             "sha256": s.served.config_sha256,
             "revision": s.served.revision,
             "applied_at": s.applied_at,
-            "last_refused": {"revision": s.last_refused[0], "reason": s.last_refused[1]} if s.last_refused else None,
+            "last_refused": dict(vars(refused)) if refused is not None else None,
             "needs_restart": list(s.needs_restart),
             "staleness_seconds": round(s.staleness(), 1),
             "source": dict(vars(source)) if source is not None else None,
@@ -160,6 +163,7 @@ class State:
                 "moat_egress_denied_total": lambda: self.egress.denied_total,
                 "moat_config_revision": lambda: self.situation.served.revision,
                 "moat_config_reload_total": lambda: c.reloads,
+                "moat_config_sync_refused_total": lambda: s.refused_total if (s := self.situation.sync) else 0,
                 "moat_config_staleness_seconds": lambda: round(self.situation.staleness(), 1),
                 "moat_config_loop_blocked_seconds": lambda: self.situation.loop_blocked,
                 "moat_secrets_degraded": lambda: len(self.situation.secret_problems),
