@@ -31,7 +31,9 @@ INTERVAL = 1.0  # seconds; the default of reload_interval
 class Site:
     """A store, nodes and nginx; the folder and the processes end with :meth:`close`."""
 
-    def __init__(self, *, relay: bool = False, marker_models: Sequence[str] = content.MODELS) -> None:
+    def __init__(
+        self, *, relay: bool = False, marker_models: Sequence[str] = content.MODELS, copy_of: Site | None = None
+    ) -> None:
         # Not pytest's own folder: a Unix socket's path has room for 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="moat-hr-"))
         self.folder.chmod(0o755)  # nginx's user reads below
@@ -39,7 +41,8 @@ class Site:
         self.secrets.mkdir()
         self.site_keys.mkdir()
         self.models = tuple(marker_models)
-        self.master, self.key = "sk-" + secrets.token_hex(32), "sk-" + secrets.token_hex(24)
+        self.master = "sk-" + secrets.token_hex(32)
+        self.key: str = copy_of.key if copy_of else "sk-" + secrets.token_hex(24)
         self.secret("master_key", self.master)
         self.secret("up_key", "upstream-secret-canary-4711")
         self.client_key_file = self.secret("client_key", self.key)
@@ -58,12 +61,20 @@ class Site:
         self.minio.start()
         self.relay = self.new_relay(self.minio.port) if relay else None
         self.admin = Admin(self)
-        self.prepare()
+        self.prepare(copy_of)
 
-    def prepare(self) -> None:
+    def prepare(self, copy_of: Site | None) -> None:
         """Make the buckets with their accounts and the site key, with the product's own commands."""
-        self.admin.right("store", "accounts", "--secrets", str(self.secrets))
-        self.admin.right("config", "init", str(self.admin.content), "--key-out", str(self.secrets / "site_key"))
+        if copy_of is None:
+            self.admin.right("store", "accounts", "--secrets", str(self.secrets))
+            self.admin.right("config", "init", str(self.admin.content), "--key-out", str(self.secrets / "site_key"))
+        else:
+            # A site that receives: it trusts the same key, and its store takes the other one's revisions.
+            self.admin.right("store", "accounts", "--secrets", str(self.secrets), "--replica-of", "main-site")
+            for path in copy_of.secrets.glob("site_key*"):
+                shutil.copy(path, self.secrets / path.name)
+            for path in self.secrets.glob("store_replicator_*"):
+                shutil.copy(path, copy_of.secrets / path.name)
         for path in self.secrets.glob("site_key*.pub"):
             shutil.copy(path, self.site_keys / path.name)
         self.hand = Hand(Bucket(self.minio.port, self.minio.access, self.minio.secret), self.secrets / "site_key")
