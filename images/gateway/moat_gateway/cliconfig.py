@@ -30,10 +30,10 @@ from moat_gateway import (
 )
 from moat_gateway.cliout import count, plain, print_json, say
 from moat_gateway.configviews import load, look
-from moat_gateway.errors import GatewayError, NotConverged
+from moat_gateway.errors import GatewayError, NotConverged, StoreFailed
 from moat_gateway.fleet import Lag
 from moat_gateway.prepared import Prepared
-from moat_gateway.publish import Published, Wanted
+from moat_gateway.publish import Base, Published, Wanted
 from moat_gateway.revstore import Store
 from moat_gateway.settings import Settings
 
@@ -202,17 +202,27 @@ def _push(args: argparse.Namespace) -> int:
     if (args.folder is None) == (args.signed_from is None):
         args.usage_error("give a folder DIR, or --signed-from DIR, and not both")
     values = load(args)
+    store = revstore.open_store(values)
+    # Before the folder is read and checked, which takes seconds: who pushes meanwhile is not to be overwritten unseen.
+    base = _base(store)
     if args.signed_from is not None:
-        return _carry(args, values)
+        return _carry(args, values, store, base)
     files = configdir.load(args.folder)
     ready, problems = _check(files, values)
     if ready is None:
         return _refuse(args, problems, args.folder)
-    wanted = Wanted(files, _author(args), args.message, args.revision, args.force)
-    return _publish(args, values, wanted, ready)
+    wanted = Wanted(files, _author(args), args.message, args.revision, args.force, base=base)
+    return _publish(args, values, wanted, ready, store)
 
 
-def _carry(args: argparse.Namespace, values: Settings) -> int:
+def _base(store: Store) -> Base | None:
+    try:
+        return publish.base(store)
+    except StoreFailed:
+        return None  # what is wrong with the folder is said all the same; the store is asked again then
+
+
+def _carry(args: argparse.Namespace, values: Settings, store: Store, base: Base | None) -> int:
     from moat_gateway.dirstore import DirectoryStore
 
     trusted, limit = sitekey.read_trusted(values.site_keys_dir), values.revision_max << 20
@@ -227,27 +237,25 @@ def _carry(args: argparse.Namespace, values: Settings) -> int:
     ready, problems = _check(brought.files, values)
     if ready is None:
         return _refuse(args, problems, f"revision {brought.number} of {args.signed_from}")
-    store = revstore.open_store(values)
-    done = publish.carry(store, archive, trusted=trusted, limit=limit, author=_author(args))
+    done = publish.carry(store, archive, trusted=trusted, limit=limit, author=_author(args), base=base)
     return _published(args, values, store, done, _summary(ready, brought.files))
 
 
 def _rollback(args: argparse.Namespace) -> int:
     values = load(args)
     store = revstore.open_store(values)
+    base = publish.base(store)
     trusted, limit = sitekey.read_trusted(values.site_keys_dir), values.revision_max << 20
     old = publish.stored(store, args.number, trusted, limit)
     ready, problems = _check(old.files, values)
     if ready is None:
         return _refuse(args, problems, f"revision {args.number}")
     message = args.message or f"back to the content of revision {args.number}"
-    return _publish(args, values, Wanted(old.files, _author(args), message, content_of=args.number), ready, store)
+    wanted = Wanted(old.files, _author(args), message, content_of=args.number, base=base)
+    return _publish(args, values, wanted, ready, store)
 
 
-def _publish(
-    args: argparse.Namespace, values: Settings, wanted: Wanted, ready: Prepared, store: Store | None = None
-) -> int:
-    store = store or revstore.open_store(values)
+def _publish(args: argparse.Namespace, values: Settings, wanted: Wanted, ready: Prepared, store: Store) -> int:
     trusted, limit = sitekey.read_trusted(values.site_keys_dir), values.revision_max << 20
     key = sitekey.SigningKey.read(values.site_key_file)
     done = publish.push(store, wanted, key=key, trusted=trusted, limit=limit)

@@ -23,6 +23,13 @@ _LEAP = 1_000_000  # an archive whose number is further above is nobody's push
 
 
 @dataclass(frozen=True)
+class Base:
+    """What was in force when somebody began: the pointer's etag, or ``None`` for no pointer."""
+
+    etag: str | None
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What is to be published.
 
@@ -33,6 +40,8 @@ class Wanted:
         number: the number that it must get, or ``None`` for the next free one.
         force: also if the content is the one in force.
         content_of: the earlier revision whose content this is, or ``None``.
+        base: what it was made from; if something else is in force by now, nothing is published. ``None`` for what is
+            in force when the publishing begins.
     """
 
     files: Mapping[str, bytes]
@@ -41,6 +50,7 @@ class Wanted:
     number: int | None = None
     force: bool = False
     content_of: int | None = None
+    base: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,21 @@ class Published:
     author: str
     message: str
     pushed_at: str
+
+
+def base(store: Store) -> Base:
+    """Return what is in force now, to be given to :class:`Wanted` after the check, which takes seconds.
+
+    Raises:
+        StoreFailed: the store does not answer.
+    """
+    try:
+        pointer = store.pointer()
+    except NoRevision:
+        return Base(None)
+    except BadPointer as e:
+        return Base(e.etag)
+    return Base(pointer.etag if pointer else None)
 
 
 def current(store: Store, trusted: Sequence[PublicKey], limit: int) -> tuple[Pointer, Revision]:
@@ -136,6 +161,7 @@ def push(
     if before.made is not None and before.pointer is not None and not wanted.force and wanted.number is None:  # noqa: SIM102
         if before.made.content == revision.content_sha256(wanted.files):
             return _published(before.made, before.pointer, changed=False)
+    _unmoved(store, before, wanted.base)
     number = _number(store, before, wanted.number)
     at = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
     for _ in range(_ATTEMPTS):
@@ -167,7 +193,15 @@ def push(
     )
 
 
-def carry(store: Store, archive: bytes, *, trusted: Sequence[PublicKey], limit: int, author: str) -> Published:
+def carry(
+    store: Store,
+    archive: bytes,
+    *,
+    trusted: Sequence[PublicKey],
+    limit: int,
+    author: str,
+    base: Base | None = None,
+) -> Published:
     """Publish a revision that was signed elsewhere, with the number that it has.
 
     Raises:
@@ -179,6 +213,7 @@ def carry(store: Store, archive: bytes, *, trusted: Sequence[PublicKey], limit: 
     before = _before(store, trusted, limit)
     if before.pointer is not None and before.made is not None and before.made.manifest == brought.manifest:
         return _published(before.made, before.pointer, changed=False)
+    _unmoved(store, before, base)
     number = _number(store, before, brought.number)
     try:
         store.upload(number, archive)
@@ -228,6 +263,11 @@ def _before(store: Store, trusted: Sequence[PublicKey], limit: int) -> _Before:
     except (BadRevision, BadSignature):
         made = None
     return _Before(pointer.etag, pointer, made)
+
+
+def _unmoved(store: Store, before: _Before, base: Base | None) -> None:
+    if base is not None and base.etag != before.etag:
+        raise revstore.conflict(store.describe(), before.pointer)
 
 
 def _number(store: Store, before: _Before, wanted: int | None) -> int:

@@ -27,6 +27,9 @@ _ARCHIVE_TIMEOUT = 30.0  # seconds without a byte
 _FETCH_DEADLINE = 300.0  # seconds for a whole archive: a store that trickles is not waited for
 _SKEW = timedelta(seconds=60)  # below this, S3 does not mind
 _CHUNK = 1 << 18  # bytes
+#: Seconds after which the pointer is read whole although it may be unchanged. What MinIO could not replicate to another
+#: site while the link was cut, it tries again when somebody reads it, else only minutes or hours later.
+_NUDGE = 15.0
 _PROBE = "probe"
 _NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 
@@ -44,6 +47,7 @@ class S3Store:
         self._settings = settings
         self._short = _Connection(settings, POINTER_TIMEOUT, POINTER_TIMEOUT)
         self._long = _Connection(settings, 5.0, _ARCHIVE_TIMEOUT)
+        self._nudged = time.monotonic()
         self._seen: dict[str, tuple[str, bytes]] = {}  # reports by name: etag and bytes
 
     def describe(self) -> str:
@@ -52,19 +56,32 @@ class S3Store:
 
     def pointer(self, etag: str | None = None) -> Pointer | None:
         """See :class:`revstore.Source`."""
-        extra = {"IfNoneMatch": etag} if etag else {}
+        # See _NUDGE: a conditional read is none in this respect.
+        whole = time.monotonic() - self._nudged >= _NUDGE
+        extra = {"IfNoneMatch": etag} if etag and not whole else {}
         answer = self._short.ask("get_object", Bucket=self._settings.store_bucket, Key=revstore.POINTER, **extra)
         if answer.status == 304:
             return None
         if answer.code == "NoSuchKey" or (answer.status == 404 and answer.code != "NoSuchBucket"):
             raise revstore.no_revision(self.describe())
         fields = answer.take(self._settings, "read the pointer")
-        etag = str(fields["ETag"])
+        found = str(fields["ETag"])
         try:
             raw = self._body(fields, revstore.MAX_POINTER, POINTER_TIMEOUT * 2, revstore.POINTER)
         except BadRevision:  # too large for one
             raw = b""
-        return revstore.parse_pointer(raw, etag, self.describe())
+        if whole:
+            self._nudged = time.monotonic()
+        if found == etag:
+            self._nudge(raw)
+            return None
+        return revstore.parse_pointer(raw, found, self.describe())
+
+    def _nudge(self, raw: bytes) -> None:
+        """Look at the current archive as well, for the same reason; what comes of it does not matter."""
+        with contextlib.suppress(BadRevision):
+            name = revstore.parse_pointer(raw, "", self.describe()).object
+            self._short.ask("head_object", Bucket=self._settings.store_bucket, Key=name)
 
     def fetch(self, pointer: Pointer, limit_bytes: int) -> bytes:
         """See :class:`revstore.Source`."""

@@ -90,7 +90,7 @@ def init(
     deadline = time.monotonic() + settings.store_timeout
     there = _wait(lambda: _exists(client, bucket), settings, deadline, sleep)
     if not there:
-        _call(
+        call(
             settings,
             "make the bucket",
             lambda: client.create_bucket(Bucket=bucket),
@@ -98,7 +98,7 @@ def init(
         )
     enabled = _versioning(settings, client) == "Enabled"
     if not enabled:
-        _call(
+        call(
             settings,
             "turn versioning on",
             lambda: client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}),
@@ -116,9 +116,9 @@ def init_status(settings: Settings, *, credentials: Credentials | None = None) -
         UnreadableSecret: a key file cannot be read.
     """
     client, bucket = connect(settings, credentials), settings.store_status_bucket
-    if _call(settings, "look for the bucket of reports", lambda: _exists(client, bucket)):
+    if call(settings, "look for the bucket of reports", lambda: _exists(client, bucket)):
         return False
-    made = _call(
+    made = call(
         settings,
         "make the bucket of reports",
         lambda: client.create_bucket(Bucket=bucket),
@@ -127,15 +127,15 @@ def init_status(settings: Settings, *, credentials: Credentials | None = None) -
     return made is not None
 
 
-def check(settings: Settings) -> BucketState:
+def check(settings: Settings, *, credentials: Credentials | None = None) -> BucketState:
     """See that the bucket is there and keeps versions; change nothing.
 
     Raises:
         StoreFailed: it does not, or the store does not answer.
         UnreadableSecret: a key file cannot be read.
     """
-    client = connect(settings)
-    if not _call(settings, "look for the bucket", lambda: _exists(client, settings.store_bucket)):
+    client = connect(settings, credentials)
+    if not call(settings, "look for the bucket", lambda: _exists(client, settings.store_bucket)):
         raise StoreFailed(f"there is no bucket {settings.store_bucket}", hint="run `moat-gateway store init`")
     found = _versioning(settings, client)
     if found != "Enabled":
@@ -146,6 +146,34 @@ def check(settings: Settings) -> BucketState:
             hint="run `moat-gateway store init`",
         )
     return BucketState(settings.store_bucket, settings.store_endpoint, False, False)
+
+
+def read_small(settings: Settings, name: str, credentials: Credentials) -> str | None:
+    """Return the one line of a small object; ``None`` if there is none.
+
+    Raises:
+        StoreFailed: the store does not answer, or refuses.
+    """
+    client = connect(settings, credentials)
+    raw = call(
+        settings,
+        f"read {name}",
+        lambda: client.get_object(Bucket=settings.store_bucket, Key=name)["Body"].read(4096),
+        ignore=("NoSuchKey", "NoSuchBucket"),
+    )
+    return None if raw is None else raw.decode("utf-8", "replace").strip() or "another site"
+
+
+def put_small(settings: Settings, name: str, text: str, credentials: Credentials) -> None:
+    """Write a small object; the errors are those of :func:`read_small`."""
+    client, body = connect(settings, credentials), f"{text}\n".encode()
+    call(settings, f"write {name}", lambda: client.put_object(Bucket=settings.store_bucket, Key=name, Body=body))
+
+
+def remove(settings: Settings, name: str, credentials: Credentials) -> None:
+    """Remove an object; the errors are those of :func:`read_small`."""
+    client = connect(settings, credentials)
+    call(settings, f"remove {name}", lambda: client.delete_object(Bucket=settings.store_bucket, Key=name))
 
 
 def accepts(settings: Settings, access_key: str, secret_key: str, bucket: str) -> bool:
@@ -235,7 +263,7 @@ def _exists(client: Any, bucket: str) -> bool:
 
 
 def _versioning(settings: Settings, client: Any) -> str | None:
-    answer = _call(settings, "read versioning", lambda: client.get_bucket_versioning(Bucket=settings.store_bucket))
+    answer = call(settings, "read versioning", lambda: client.get_bucket_versioning(Bucket=settings.store_bucket))
     status = answer.get("Status")
     return str(status) if status else None
 
@@ -259,7 +287,12 @@ def _wait(step: Callable[[], bool], settings: Settings, deadline: float, sleep: 
         pause = min(2.0, pause * 1.5)
 
 
-def _call(settings: Settings, what: str, step: Callable[[], Any], ignore: tuple[str, ...] = ()) -> Any:
+def call(settings: Settings, what: str, step: Callable[[], Any], ignore: tuple[str, ...] = ()) -> Any:
+    """Return what a request gives; ``None`` for a refusal with a code of ``ignore``.
+
+    Raises:
+        StoreFailed: any other refusal, or no answer.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:

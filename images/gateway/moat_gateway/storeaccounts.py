@@ -13,15 +13,17 @@ Running it again changes nothing. It is MinIO's own interface; with another stor
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets as random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
-from moat_gateway import revstore, sealed, secretfiles, store
+from moat_gateway import revstore, secretfiles, store
 from moat_gateway.errors import StoreFailed, UnreadableSecret
+from moat_gateway.minioadmin import Admin
 from moat_gateway.settings import Settings
 
 #: Names of the secrets, as files of one folder or fields of one JSON object.
@@ -29,8 +31,14 @@ NAMES = (
     "store_root_user", "store_root_password", "store_writer_access_key", "store_writer_secret_key",
     "store_reader_access_key", "store_reader_secret_key",
 )  # fmt: skip
+#: Of the account with which another site's store writes here; only a receiving site has it.
+REPLICATOR_KEYS = ("store_replicator_access_key", "store_replicator_secret_key")
+_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _READ_BUCKET = ("s3:GetBucketLocation", "s3:GetBucketVersioning", "s3:ListBucket", "s3:ListBucketVersions")
+#: Tried one by one: without any of these MinIO does not replicate.
+_REPLICATE_BUCKET = ("s3:GetBucketVersioning", "s3:ListBucket")
+_REPLICATE_OBJECT = ("s3:GetObject", "s3:GetObjectVersion", "s3:PutObject", "s3:ReplicateObject")
 _READ_OBJECT = ("s3:GetObject", "s3:GetObjectVersion")
 
 
@@ -58,8 +66,33 @@ class Outcome:
 
 
 def read_folder(folder: Path) -> dict[str, str]:
-    """Return the secrets from the files of a folder."""
-    return {name: secretfiles.read_value(folder / name) for name in NAMES}
+    """Return the secrets from the files of a folder; those of the replication only if they are there."""
+    names = [*NAMES, *(n for n in REPLICATOR_KEYS if (folder / n).exists())]
+    return {name: secretfiles.read_value(folder / name) for name in names}
+
+
+def make_replicator_keys(folder: Path) -> bool:
+    """Make the keys of the replication's account, if there are none; return whether they were made.
+
+    Raises:
+        UnreadableSecret: they cannot be written.
+    """
+    values = {
+        REPLICATOR_KEYS[0]: f"moat-replicator-{random.token_urlsafe(24)}",
+        REPLICATOR_KEYS[1]: random.token_urlsafe(32),
+    }
+    if all((folder / name).exists() for name in values):
+        return False
+    for name, value in values.items():
+        path = folder / name
+        try:
+            path.unlink(missing_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(fd, "w", encoding="ascii") as f:
+                f.write(value + "\n")
+        except OSError as e:
+            raise UnreadableSecret("the secret cannot be written", found=e.strerror or str(e), path=str(path)) from e
+    return True
 
 
 def read_json(text: str) -> dict[str, str]:
@@ -79,14 +112,20 @@ def read_json(text: str) -> dict[str, str]:
             found=f"without {', '.join(missing)}" if missing else "a value that is no text",
             expected="one JSON object with " + ", ".join(NAMES),
         )
-    return {n: raw[n] for n in NAMES}
+    return {n: raw[n] for n in (*NAMES, *REPLICATOR_KEYS) if isinstance(raw.get(n), str) and raw[n]}
 
 
-def policies(buckets: Sequence[str], status_bucket: str) -> dict[str, dict[str, Any]]:
-    """Return the two policies for a list of buckets, and the bucket of the nodes' reports."""
+def policies(buckets: Sequence[str], status_bucket: str, copy: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return the policies.
+
+    Args:
+        buckets: that the writer writes.
+        status_bucket: of the nodes' reports.
+        copy: the one of the buckets that only receives another site's revisions, or ``None``.
+    """
     whole = [f"arn:aws:s3:::{b}" for b in (*buckets, status_bucket)]
     inside = [f"arn:aws:s3:::{b}/*" for b in (*buckets, status_bucket)]
-    written = [f"arn:aws:s3:::{b}/*" for b in buckets]
+    written = [f"arn:aws:s3:::{b}/*" for b in buckets if b != copy]
     reports = [f"arn:aws:s3:::{status_bucket}/{revstore.NODES}*"]
 
     def allow(actions: Sequence[str], resources: Sequence[str]) -> dict[str, Any]:
@@ -97,19 +136,35 @@ def policies(buckets: Sequence[str], status_bucket: str) -> dict[str, dict[str, 
 
     no_admin = {"Effect": "Deny", "Action": ["admin:*"]}
     read = [allow(_READ_BUCKET, whole), allow(_READ_OBJECT, inside)]
-    return {
+    put = [allow(("s3:PutObject",), written)] if written else []
+    made = {
         "moat-reader": statements(*read, allow(("s3:PutObject",), reports), no_admin),
-        "moat-writer": statements(
-            *read,
-            allow(("s3:PutObject",), written),
-            allow(("s3:PutObject", "s3:DeleteObject"), reports),
-            no_admin,
-        ),
+        "moat-writer": statements(*read, *put, allow(("s3:PutObject", "s3:DeleteObject"), reports), no_admin),
     }
+    if copy is not None:
+        copied = [f"arn:aws:s3:::{copy}/{name}" for name in (f"{revstore.PREFIX}*", revstore.POINTER)]
+        made["moat-replicator"] = statements(
+            allow(_REPLICATE_BUCKET, [f"arn:aws:s3:::{copy}"]), allow(_REPLICATE_OBJECT, copied), no_admin
+        )
+    return made
 
 
-def apply(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str], *, prune: bool = False) -> Outcome:
+def apply(
+    settings: Settings,
+    secrets: Mapping[str, str],
+    buckets: Sequence[str],
+    *,
+    prune: bool = False,
+    replica_of: str | None = None,
+) -> Outcome:
     """Make what is missing, set right what differs, and with ``prune`` remove accounts of earlier secrets.
+
+    Args:
+        settings: of the store.
+        secrets: by the names in :data:`NAMES`, and :data:`REPLICATOR_KEYS` at a receiving site.
+        buckets: of revisions and what else the writer writes.
+        prune: remove accounts of earlier keys.
+        replica_of: make this a receiving site of the site of this name; a store that is one stays one.
 
     Raises:
         StoreFailed: the store does not answer, refuses, or is not MinIO.
@@ -118,18 +173,9 @@ def apply(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str]
     for bucket in (*buckets, status_bucket):
         if not _BUCKET.fullmatch(bucket):
             raise StoreFailed(f"{bucket!r} cannot be a bucket's name", expected="3 to 63 of a-z, 0-9, - and .")
-    accounts = [
-        Account(role, secrets[f"store_{role}_access_key"], secrets[f"store_{role}_secret_key"])
-        for role in ("reader", "writer")
-    ]
-    for account in accounts:
-        if not account.access_key.startswith(account.policy + "-"):
-            raise StoreFailed(
-                f"the access key of the {account.role} does not begin with {account.policy}-",
-                expected="a key made by this site: by its beginning an account of Moat is known",
-                hint=f"restore store_{account.role}_access_key, or have both of its secrets made anew: "
-                f"moat-site rotate_secrets -e rotate=store_{account.role}",
-            )
+    if replica_of is not None and not _SITE.fullmatch(replica_of):
+        raise StoreFailed(f"{replica_of!r} cannot be a site's name", expected="letters, digits, '.', '_' and '-'")
+    accounts = _accounts(secrets, ("reader", "writer"))
     root = store.Credentials(secrets["store_root_user"], secrets["store_root_password"])
     changes: list[str] = []
     for bucket in buckets:
@@ -138,12 +184,57 @@ def apply(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str]
         changes += [f"versioning of {bucket} turned on"] if state.versioning_enabled else []
     if store.init_status(settings, credentials=root):
         changes.append(f"bucket {status_bucket} made")
+    origin = store.read_small(settings, revstore.REPLICA, root)
+    if replica_of is not None and origin != replica_of:
+        store.put_small(settings, revstore.REPLICA, replica_of, root)
+        changes.append(f"bucket {settings.store_bucket} made a copy of {replica_of}")
+    copy = settings.store_bucket if replica_of is not None or origin is not None else None
+    if copy is not None and all(name in secrets for name in REPLICATOR_KEYS):
+        accounts += _accounts(secrets, ("replicator",))
     admin = Admin(settings, root)
-    changes += _policies(admin, policies(buckets, status_bucket))
-    changes += _users(admin, settings, accounts, buckets)
+    changes += _policies(admin, policies(buckets, status_bucket, copy))
+    changes += _users(admin, settings, accounts)
     if prune:
         changes += _prune(admin, accounts)
     return Outcome(settings.store_endpoint, (*buckets, status_bucket), tuple(changes))
+
+
+def promote(settings: Settings, secrets: Mapping[str, str], buckets: Sequence[str]) -> Outcome:
+    """Make a receiving site's store a main one: the other site may not write here any more, the writer may.
+
+    Raises:
+        StoreFailed: the store does not answer, refuses, is not MinIO, or is no copy.
+    """
+    root = store.Credentials(secrets["store_root_user"], secrets["store_root_password"])
+    origin = store.read_small(settings, revstore.REPLICA, root)
+    if origin is None:
+        raise StoreFailed(
+            f"bucket {settings.store_bucket} is no copy of another site's",
+            found="no object " + revstore.REPLICA,
+            hint="nothing is to be done: `moat-gateway config push` works here",
+        )
+    admin = Admin(settings, root)
+    # In this order: nobody writes while the two could both.
+    names = sorted(n for n in admin.users() if n.startswith("moat-replicator-"))
+    for name in names:
+        admin.call("DELETE", "remove-user", {"accessKey": name})
+    store.remove(settings, revstore.REPLICA, root)
+    done = apply(settings, secrets, buckets)
+    first = [f"{len(names)} account{'' if len(names) == 1 else 's'} of the replication from {origin} removed"]
+    return replace(done, changes=(*first, f"bucket {settings.store_bucket} is a main one", *done.changes))
+
+
+def _accounts(secrets: Mapping[str, str], roles: Sequence[str]) -> list[Account]:
+    accounts = [Account(r, secrets[f"store_{r}_access_key"], secrets[f"store_{r}_secret_key"]) for r in roles]
+    for account in accounts:
+        if not account.access_key.startswith(account.policy + "-"):
+            raise StoreFailed(
+                f"the access key of the {account.role} does not begin with {account.policy}-",
+                expected="a key made by this site: by its beginning an account of Moat is known",
+                hint=f"restore store_{account.role}_access_key, or have both of its secrets made anew: "
+                f"moat-site rotate_secrets -e rotate=store_{account.role}",
+            )
+    return accounts
 
 
 def _policies(admin: Admin, wanted: Mapping[str, Any]) -> list[str]:
@@ -155,7 +246,7 @@ def _policies(admin: Admin, wanted: Mapping[str, Any]) -> list[str]:
     return changes
 
 
-def _users(admin: Admin, settings: Settings, accounts: Sequence[Account], buckets: Sequence[str]) -> list[str]:
+def _users(admin: Admin, settings: Settings, accounts: Sequence[Account]) -> list[str]:
     there, changes = admin.users(), []
     for account in accounts:
         user = there.get(account.access_key)
@@ -166,7 +257,7 @@ def _users(admin: Admin, settings: Settings, accounts: Sequence[Account], bucket
             user is not None
             and user.get("status") == "enabled"
             and account.policy in held
-            and store.accepts(settings, account.access_key, account.secret_key, buckets[0])
+            and store.accepts(settings, account.access_key, account.secret_key, settings.store_bucket)
         )
         if not right:
             admin.call_sealed(
@@ -206,64 +297,3 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, list):
         return sorted((_sorted(v) for v in value), key=lambda v: json.dumps(v, sort_keys=True))
     return value
-
-
-class Admin:
-    """MinIO's admin interface, version 3: signed requests, secrets in envelopes."""
-
-    def __init__(self, settings: Settings, root: store.Credentials) -> None:
-        from botocore.httpsession import URLLib3Session
-
-        self._settings = settings
-        self._root = root
-        self._session = URLLib3Session(verify=settings.store_ca_file or True, proxies={}, timeout=(5, 30))
-
-    def users(self) -> dict[str, dict[str, Any]]:
-        """Return every user by access key."""
-        try:
-            content = sealed.unseal(self._root.secret_key, self.call("GET", "list-users"))
-        except sealed.NotSealed as e:
-            raise StoreFailed("the store's list of users cannot be opened", found=str(e), expected="MinIO") from e
-        users: dict[str, dict[str, Any]] = json.loads(content)
-        return users
-
-    def call_sealed(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any]) -> None:
-        """Make a request whose body holds a secret."""
-        self.call(method, path, query, sealed.seal(self._root.secret_key, json.dumps(body).encode()))
-
-    def call(self, method: str, path: str, query: Mapping[str, str] | None = None, body: bytes = b"") -> bytes:
-        """Make a request and return the answer's body.
-
-        Raises:
-            StoreFailed: no answer, or a refusal.
-        """
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-        from botocore.credentials import Credentials
-        from botocore.exceptions import BotoCoreError, HTTPClientError
-
-        where = f"{store.endpoint_url(self._settings.store_endpoint)}/minio/admin/v3/{path}"
-        # MinIO refuses a body that some parser may have read as a form.
-        headers = {"content-type": "application/octet-stream"} if body else {}
-        url = f"{where}?{urlencode(query)}" if query else where
-        request = AWSRequest(method, url, headers, data=body)
-        S3SigV4Auth(Credentials(self._root.access_key, self._root.secret_key), "s3", store.REGION).add_auth(request)
-        try:
-            answer = self._session.send(request.prepare())
-        except (BotoCoreError, HTTPClientError) as e:
-            raise StoreFailed(
-                f"cannot reach the administration of {self._settings.store_endpoint}", found=type(e).__name__
-            ) from e
-        content: bytes = answer.content
-        if answer.status_code not in (200, 204):
-            try:
-                code = str(json.loads(content).get("Code", ""))
-            except (ValueError, AttributeError):
-                code = ""
-            raise StoreFailed(
-                f"the store refused {path}",
-                found=f"HTTP {answer.status_code} {code}".strip(),
-                expected="MinIO, and its root credentials",
-                hint="check store_root_user and store_root_password",
-            )
-        return content

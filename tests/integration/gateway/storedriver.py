@@ -44,6 +44,8 @@ class Operations:
     def __init__(self, values: settings.Settings, store: revstore.Store) -> None:
         self.values, self.store = values, store
 
+    begun: publish.Base | None = None
+
     def push(
         self,
         text: str,
@@ -51,6 +53,7 @@ class Operations:
         number: int | None = None,
         die_at: str = "",
         gate: str = "",
+        base: bool = False,
         author: str = "tester",
     ) -> Any:
         store: Any = self.store
@@ -62,12 +65,16 @@ class Operations:
             files["routers/large.txt"] = os.urandom(size // 2).hex().encode()
         done = publish.push(
             store,
-            publish.Wanted(files, author, f"says {text}", number),
+            publish.Wanted(files, author, f"says {text}", number, base=self.begun if base else None),
             key=key,
             trusted=sitekey.read_trusted(self.values.site_keys_dir),
             limit=self.values.revision_max << 20,
         )
         return dataclasses.asdict(done)
+
+    def begin(self) -> None:
+        """See what is in force, as a command does before it checks its folder."""
+        Operations.begun = publish.base(self.store)
 
     def carry(self, raw: str) -> Any:
         done = publish.carry(

@@ -75,7 +75,8 @@ class Backend:
         # It would open further ports on every address, and call home.
         argv += ["-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-filer", "-s3"]
         argv += [f"-s3.port={self.port}", f"-s3.config={self.folder}/s3.json"]
-        argv += ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
+        # Each bucket takes several volumes of its own.
+        argv += ["-master.volumeSizeLimitMB=64", "-volume.max=1000"]
         names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         argv += [f"-{name}={port()}" for name in (*names, "s3.port.grpc")]
         return Program("weed", argv, {"PATH": os.environ["PATH"], "HOME": str(self.folder)}, self.folder)

@@ -131,6 +131,22 @@ def test_of_two_administrators_at_once_exactly_one_wins_and_the_other_is_told(pl
     assert sum(wins.values()) == ROUNDS
 
 
+def test_who_began_before_another_s_push_is_told_even_long_after_it(place: Place) -> None:
+    slow, fast = place.driver(), place.driver()
+    for text in ("first", "second"):  # on nothing, and on a revision
+        slow.ask("begin")
+        done = fast.ask("push", text=text, author="fast")
+        lost = refused(slow, "push", text="mine", base=True)
+        assert (lost.error, lost.exit) == ("PushConflict", 22)
+        assert f"revision {done['revision']} by fast" in lost.text
+        # Both wanted the same: nobody's change is lost.
+        assert slow.ask("push", text=text, base=True)["changed"] is False
+        assert fast.ask("content") == text
+    assert slow.ask("list") == [1, 2]
+    slow.ask("begin")
+    assert slow.ask("push", text="mine", base=True)["revision"] == 3
+
+
 # --- what dies ---
 
 STEPS = ["before upload", "after upload", "before move"]
