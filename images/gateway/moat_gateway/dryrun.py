@@ -42,12 +42,14 @@ class DryRun:
     Args:
         settings: limits of time and memory.
         cold: for one run: the child is started by it and ends with it.
+        python: an interpreter that has LiteLLM.
     """
 
-    def __init__(self, settings: Settings, *, cold: bool = False) -> None:
+    def __init__(self, settings: Settings, *, cold: bool = False, python: str = sys.executable) -> None:
         self._timeout = settings.dry_run_timeout
         self._memory = settings.dry_run_memory << 20
         self._cold = cold
+        self._python = python
         self._child: _Child | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -99,7 +101,7 @@ class DryRun:
         if self._child is not None and self._child.process.poll() is not None:
             self._end()
         if self._child is None:
-            self._child = _Child()
+            self._child = _Child(self._python)
         child = self._child
         if self._closed:  # looked at after the child is known: close() kills what it sees, or is seen here
             self._end()
@@ -132,7 +134,7 @@ class DryRun:
 class _Child:
     """The child process and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str) -> None:
         package = str(Path(__file__).resolve().parents[1])
         environment = {k: os.environ[k] for k in _INHERITED if k in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (package, environment.get("PYTHONPATH")) if p)
@@ -144,7 +146,7 @@ class _Child:
         try:
             with theirs:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "moat_gateway.dryrunchild", str(theirs.fileno())],
+                    [python, "-m", "moat_gateway.dryrunchild", str(theirs.fileno())],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     # LiteLLM prints what it is configured with.
@@ -216,11 +218,11 @@ def _failed(answer: dict[str, Any], timeout: float, memory: int) -> DryRunFailed
             hint="make the configuration smaller, or raise MOAT_DRY_RUN_MEMORY",
             path=configdir.CONFIG,
         )
-    if why == "secret":
+    if why == "unable":
         return DryRunUnavailable(
-            "a secret cannot be read for the dry run",
+            "the dry run could not be carried out",
             found=str(answer["found"]),
-            hint="check that the file exists, its owner and its mode",
+            hint="make the secret's file readable, or what else is named; it is tried again",
             path=configdir.CONFIG,
         )
     return DryRunFailed(

@@ -37,6 +37,8 @@ _MEMORY_RESERVE = 4 << 20  # bytes, freed when memory is out, so that the answer
 _NEAR = 8 << 20  # bytes below the limit of memory that count as having reached it
 _PIECE = 8  # characters of a secret that may not appear
 
+_DIE_WITH_PARENT = ctypes.CDLL(None).prctl
+
 #: What a run may not do: Python's own audit events, raised before the system call.
 _FORBIDDEN = re.compile(
     r"socket\.(connect|sendto|sendmsg|getaddrinfo|gethostbyname|gethostbyaddr|getnameinfo|bind)"
@@ -178,7 +180,9 @@ def _ended(pid: int) -> bytes:
     # Native code that gets no memory ends the process in one of these ways; so does the kernel's memory killer.
     if by in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
         return _answer(False, why="memory")
-    return _answer(False, why="error", found=f"its process ended with signal {by}" if by else "its process ended")
+    return _answer(
+        False, why="unable", found=f"the run ended with signal {by}" if by else "the run ended without a word"
+    )
 
 
 # --- the fork ---
@@ -187,19 +191,24 @@ def _ended(pid: int) -> bytes:
 def _fork(prepared: bytes, limits: Mapping[str, Any], result: int, parent: int) -> NoReturn:
     try:
         os.setpgid(0, 0)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _DIE_WITH_PARENT(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
         reserve = bytearray(_MEMORY_RESERVE)
-        space = _limit(limits)
+        space = 0
         secrets: list[str] = []
         try:
+            space = _limit(limits)
             answer = _build(prepared, secrets)
         except BaseException as e:
             del reserve
+            if not space:
+                answer = _answer(False, why="unable", found=f"the limits cannot be set: {one_line(e, secrets)}")
             # LiteLLM turns some errors into others; near the limit, each of them is a want of memory.
-            out = isinstance(e, MemoryError) or _memory("VmPeak") + _NEAR > space
-            answer = _answer(False, why="memory") if out else _answer(False, why="error", found=one_line(e, secrets))
+            elif isinstance(e, MemoryError) or _memory("VmPeak") + _NEAR > space:
+                answer = _answer(False, why="memory")
+            else:
+                answer = _answer(False, why="error", found=one_line(e, secrets))
         os.write(result, answer)
     finally:
         os._exit(0)
@@ -225,7 +234,7 @@ def _build(prepared: bytes, secrets: list[str]) -> bytes:
         try:
             secrets.append(secretfiles.read_value(Path(path)))
         except GatewayError as e:
-            return _answer(False, why="secret", found=f"{path}: {e.message}")
+            return _answer(False, why="unable", found=f"{path}: {e.message}")
         os.environ[name] = secrets[-1]
     sys.addaudithook(_refuse)
     dryrun.build_router(value["effective"])

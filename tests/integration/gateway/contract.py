@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,44 @@ def bundled_tokenizers_load() -> bool:
     )
 
 
+def routing_strategies_are_those_we_name() -> bool:
+    from litellm.router_utils.routing_groups import VALID_ROUTING_STRATEGIES
+
+    from moat_gateway.litellm_port import words
+
+    return set(words.ROUTING_STRATEGIES) == set(VALID_ROUTING_STRATEGIES)
+
+
+def router_settings_are_those_we_name() -> bool:
+    import litellm
+    from litellm.constants import ROUTER_SETTINGS_MANAGED_OUTSIDE_CONFIG
+
+    from moat_gateway.litellm_port import words
+
+    known = set(litellm.Router.get_valid_args()) - ROUTER_SETTINGS_MANAGED_OUTSIDE_CONFIG
+    return bool(known == set(words.ROUTER_SETTINGS))
+
+
+def an_invalid_deployment_is_an_error_where_it_is_not_ignored() -> bool:
+    import litellm
+
+    entry = {"model_name": "a", "litellm_params": {"model": "nonsense/a", "api_base": "http://127.0.0.1:9"}}
+    try:
+        litellm.Router(model_list=[entry], ignore_invalid_deployments=False)
+    except Exception:
+        return not litellm.Router(model_list=[entry], ignore_invalid_deployments=True).model_list
+    return False
+
+
+def one_thread_after_the_import_of_the_router() -> bool:
+    """The dry run forks a process that has imported LiteLLM: with threads, that would not be sound."""
+    code = "import litellm, threading; litellm.Router; print(threading.active_count())"
+    argv = [sys.executable, "-c", code]
+    environment = {**os.environ, **litellm_port.OFFLINE}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    return done.stdout.split() == ["1"]
+
+
 CONTRACTS: dict[str, Callable[[], bool]] = {
     f.__name__: f
     for f in (
@@ -153,6 +192,8 @@ CONTRACTS: dict[str, Callable[[], bool]] = {
         a_hash_is_kept_as_it_is, all_proxy_models_is_the_word_for_every_model, hub_download_can_be_turned_off,
         rust_is_off_for_what_is_open, offline_switches_are_still_read, importing_set_no_event_loop_policy,
         no_native_resolver, router_has_names_and_deployments, bundled_tokenizers_load,
+        routing_strategies_are_those_we_name, router_settings_are_those_we_name,
+        an_invalid_deployment_is_an_error_where_it_is_not_ignored, one_thread_after_the_import_of_the_router,
     )
 }  # fmt: skip
 
