@@ -72,6 +72,24 @@ def test_the_policies_allow_what_each_needs_and_deny_the_administration() -> Non
         assert resources == {f"arn:aws:s3:::{b}{e}" for b in ("one", "two", "reports") for e in ("", "/*")}
 
 
+def test_in_a_copy_of_another_site_s_revisions_only_the_replication_writes_them() -> None:
+    made = storeaccounts.policies(["one", "two"], "reports", copy="one")
+    may = {
+        name: {(a, r) for s in p["Statement"] if s["Effect"] == "Allow" for a in s["Action"] for r in s["Resource"]}
+        for name, p in made.items()
+    }
+    writes = ("s3:PutObject", "s3:ReplicateObject")
+    assert ("s3:PutObject", "arn:aws:s3:::two/*") in may["moat-writer"]
+    assert not [r for a, r in may["moat-writer"] if a in writes and ":one/" in r]
+    targets = {r for a, r in may["moat-replicator"] if a in writes}
+    assert targets == {"arn:aws:s3:::one/revisions/*", "arn:aws:s3:::one/current"}
+    assert not [a for a, _ in may["moat-replicator"] if "Delete" in a]
+    assert {"Effect": "Deny", "Action": ["admin:*"]} in made["moat-replicator"]["Statement"]
+    # With one bucket alone the writer has nothing left to write, and the policy must not say "nowhere": that is refused.
+    alone = storeaccounts.policies(["one"], "reports", copy="one")["moat-writer"]
+    assert all(s.get("Resource", ["x"]) for s in alone["Statement"])
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"store_root_user": "x"}', '{"store_root_user": 1}'])
 def test_secrets_from_standard_input_are_whole_or_refused(text: str) -> None:
     with pytest.raises(UnreadableSecret):
