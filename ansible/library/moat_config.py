@@ -102,7 +102,11 @@ def check(p: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
         "MOAT_SECRETS_DIR": p["secrets"],
         "MOAT_MASTER_KEY_FILE": f"{p['secrets']}/master_key",
     }
-    answer = asked(p, {**settings(Path(p["environment"])), **files}, "check")
+    known = settings(Path(p["environment"]))
+    # With the node's folder of revisions the program would check what is in force there, not these files.
+    for name in ("MOAT_SYNC_DIR", "MOAT_REPORTS_DIR"):
+        known.pop(name, None)
+    answer = asked(p, {**known, **files}, "check")
     problems: list[dict[str, Any]] = answer["problems"]
     own = asked(p, {"MOAT_SETTINGS_FILE": files["MOAT_SETTINGS_FILE"]}, "settings")
     if own.get("egress_allow"):

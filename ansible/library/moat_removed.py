@@ -72,7 +72,7 @@ left: {description: What is in the folders of look after that., type: list, retu
 ROOTS = (
     "/etc/moat/", "/opt/moat/", "/var/lib/moat/", "/var/log/moat/", "/run/moat", "/etc/systemd/system/",
     "/usr/local/bin/moat", "/usr/local/sbin/moat", "/etc/apt/sources.list.d/moat", "/var/lib/valkey/",
-    "/var/lib/redis/",
+    "/var/lib/redis/", "/etc/tmpfiles.d/moat",
 )  # fmt: skip
 #: These themselves, too.
 FOLDERS = ("/etc/moat", "/opt/moat", "/var/lib/moat", "/var/log/moat")

@@ -12,7 +12,7 @@ import yaml
 from ansible.plugins.filter.core import to_bool
 from jinja2 import Environment, StrictUndefined
 
-from moat_gateway import errors, settings
+from moat_gateway import errors, serve, settings
 
 ROOT = Path(__file__).resolve().parents[3]
 ROLES = ROOT / "ansible" / "roles"
@@ -23,7 +23,7 @@ def role(name: str, part: str) -> dict[str, Any]:
     return dict(yaml.safe_load((ROLES / name / part / "main.yml").read_text("utf-8")))
 
 
-GATEWAY, NGINX = role("gateway", "defaults"), role("nginx", "defaults")
+GATEWAY, NGINX, SYNC = (role(name, "defaults") for name in ("gateway", "nginx", "config_sync"))
 
 
 def render(name: str, template: str, **values: Any) -> str:
@@ -40,15 +40,21 @@ def render(name: str, template: str, **values: Any) -> str:
         "moat_egress_allow": [],
         "ansible_managed": "",
     }
-    return environment.from_string(text).render({**shared, **GATEWAY, **NGINX, **values})
+    return environment.from_string(text).render({**shared, **GATEWAY, **NGINX, **SYNC, **values})
 
 
 def unit(**values: Any) -> dict[str, list[str]]:
-    secrets = {"files": [{"path": "/etc/moat/secrets/gateway/master_key"}]}
-    given = {"__gateway_secrets": secrets, "_gateway_peers": ["192.0.2.11"], **values}
-    lines = render("gateway", "moat-gateway@.service.j2", **given).splitlines()
+    return parsed(render("gateway", "moat-gateway@.service.j2", **{"_gateway_peers": ["192.0.2.11"], **values}))
+
+
+def sidecar(**values: Any) -> dict[str, list[str]]:
+    given = {"_config_sync_peers": [], "config_sync_source_dir": "", **values}
+    return parsed(render("config_sync", "moat-config-sync.service.j2", **given))
+
+
+def parsed(text: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in lines:
+    for line in text.splitlines():
         if re.match(r"[A-Za-z]+=", line):
             found.setdefault(line.split("=", 1)[0], []).append(line.split("=", 1)[1])
     return found
@@ -79,9 +85,51 @@ def test_a_refused_configuration_is_not_started_again_and_again() -> None:
     assert refusals - prevented == {errors.CannotListen.exit_code}
 
 
-def test_each_secret_is_a_credential_and_the_network_is_closed_but_for_the_peers() -> None:
+def test_a_restart_in_its_turn_is_no_failure_and_happens_at_once() -> None:
     made = unit()
-    assert made["LoadCredential"] == ["master_key:/etc/moat/secrets/gateway/master_key"]
+    assert made["SuccessExitStatus"] == made["RestartForceExitStatus"] == [str(serve.RESTART_EXIT)]
+
+
+def test_of_all_secrets_each_unit_gets_its_own_folders_alone() -> None:
+    for made, folders in ((unit(), "gateway"), (sidecar(), "gateway config-sync")):
+        assert made["TemporaryFileSystem"] == ["/etc/moat/secrets:ro"]
+        assert made["BindReadOnlyPaths"] == [" ".join(f"/etc/moat/secrets/{f}" for f in folders.split())]
+        assert "LoadCredential" not in made
+
+
+def test_config_sync_ends_for_good_where_another_start_would_end_the_same_way() -> None:
+    prevented = {int(x) for x in sidecar()["RestartPreventExitStatus"][0].split()}
+    assert prevented == {2, errors.BadSetting.exit_code, errors.SyncFolderFailed.exit_code}
+
+
+def test_config_sync_reaches_the_store_alone() -> None:
+    made = sidecar(_config_sync_peers=["192.0.2.13"])
+    assert (made["IPAddressDeny"], made["IPAddressAllow"]) == (["any"], ["localhost 192.0.2.13"])
+    assert sidecar()["IPAddressAllow"] == ["localhost"]
+
+
+def test_a_source_on_a_drive_is_not_hidden_from_config_sync() -> None:
+    hidden = {p for p in sidecar()["InaccessiblePaths"][0].split() if p in ("-/boot", "-/media", "-/mnt")}
+    assert hidden == {"-/boot", "-/media", "-/mnt"}
+    assert "-/media" not in sidecar(config_sync_source_dir="/media/stick/moat")["InaccessiblePaths"][0].split()
+
+
+def test_config_sync_knows_every_variable_of_its_settings() -> None:
+    values = {
+        "_config_sync_endpoint": "https:" + "//192.0.2.13:9000",
+        "_config_sync_here": True,
+        "config_sync_node": "n",
+    }
+    known = {s.env for s in settings.SETTINGS}
+    for template in ("config-sync.env.j2", "publish.env.j2"):
+        text = render("config_sync", template, **values, config_sync_source_dir="/srv/revisions")
+        names = set(re.findall(r"^(\w+)=", text, re.MULTILINE))
+        assert names <= known
+        assert {"MOAT_STORE_ENDPOINT", "MOAT_SOURCE_DIR", "MOAT_STORE_BUCKET"} <= names
+
+
+def test_the_network_is_closed_but_for_the_peers() -> None:
+    made = unit()
     assert (made["IPAddressDeny"], made["IPAddressAllow"]) == (["any"], ["localhost 192.0.2.11"])
     assert unit(_gateway_peers=[])["IPAddressAllow"] == ["localhost"]
 

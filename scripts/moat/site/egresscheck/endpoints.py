@@ -74,7 +74,8 @@ def gateway_argv(pid: int, container: str = "") -> list[str]:
         enter = ["docker", "exec", container]
     else:
         user = ["--reuid", ids["Uid"], "--regid", ids["Gid"], "--clear-groups"]
-        enter = ["setpriv", *user, "--no-new-privs", "--inh-caps=-all", "--"]
+        # Its secrets are in a folder that leads nowhere but through its own mounts.
+        enter = ["nsenter", "--target", str(pid), "--mount", "--", "setpriv", *user, "--no-new-privs", "--inh-caps=-all", "--"]
     return [*enter, *words[:serve], "endpoints", "--json", *words[serve + 1 :]]
 
 

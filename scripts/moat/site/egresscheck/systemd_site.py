@@ -2,7 +2,7 @@
 """A site that systemd runs: which units belong to it, how they are restarted, what is probed.
 
 The components are the gateways (``moat-gateway@N``) and every other service that is part of
-``moat.target`` (MinIO, Valkey, nginx). Their processes are looked at as they run, not as the unit files
+``moat.target`` (config-sync, MinIO, Valkey, nginx). Their processes are looked at as they run, not as the unit files
 say: a unit with processes of several users is several components with one name.
 """
 
@@ -37,7 +37,7 @@ MASTER_KEY: Final = Path("/etc/moat/secrets/gateway/master_key")
 NGINX_CONF: Final = Path("/etc/moat/nginx/nginx.conf")
 VALKEY_CONF: Final = Path("/etc/moat/valkey/valkey.conf")
 #: The store and the counters first, the entrance last; between them systemd keeps its own order.
-_ORDER: Final = ("minio", "valkey", "gateway", "nginx")
+_ORDER: Final = ("minio", "valkey", "config-sync", "gateway", "nginx")
 _RESTART_SECONDS: Final = 900
 _READY_SECONDS: Final = 60
 
@@ -69,11 +69,11 @@ def show(unit: str, *names: str) -> dict[str, str]:
 
 
 def component_name(unit: str) -> str:
-    """Return the name as the operator knows it: ``gateway-1``, ``minio``, ``valkey``, ``nginx``."""
+    """Return the name as the operator knows it: ``gateway-1``, ``config-sync``, ``minio``, ``valkey``, ``nginx``."""
     stem = unit.removesuffix(".service")
     if m := re.fullmatch(r"moat-gateway@(.+)", stem):
         return f"gateway-{m[1]}"
-    return stem.removesuffix("-server")
+    return stem.removeprefix("moat-").removesuffix("-server")
 
 
 class SystemdSite:
