@@ -22,7 +22,7 @@ ENGINE_AT_LEAST: Final = (20, 10)
 COMPOSE_AT_LEAST: Final = (2, 20)
 PYTHON_AT_LEAST: Final = (3, 11)
 #: Two gateways (360 MB each), MinIO (140), nginx and Valkey (70), and room for prompts; the demo's model takes 400.
-MEMORY_AT_LEAST: Final = {"site": 2 * 1024**3, "demo": 5 * 1024**3 // 2}
+MEMORY_AT_LEAST: Final = {"site": 5 * 1024**3 // 2, "demo": 3 * 1024**3}
 #: Fixed by compose.yaml, so that the firewall's rules are static.
 SUBNETS: Final = {"moat-edge": "172.30.241.0/24", "moat-core": "172.30.242.0/24"}
 #: A bundle is never made before the project began; used where no bundle is at hand.
