@@ -329,7 +329,7 @@ def shown_certificate(stack: Stack, ca: Path) -> str:
     return ssl.get_server_certificate((host, int(port)), ca_certs=str(ca), timeout=10)
 
 
-def test_a_replaced_certificate_is_shown_at_once_and_no_request_fails(stack: Stack, tmp_path: Path) -> None:
+def test_a_replaced_certificate_is_shown_at_once_and_no_connection_is_cut(stack: Stack, tmp_path: Path) -> None:
     tls = stack.folder / "tls"
     old = [
         (tls / n, (tls / n).read_bytes(), (tls / n).stat().st_mode & 0o777, o)
@@ -344,13 +344,73 @@ def test_a_replaced_certificate_is_shown_at_once_and_no_request_fails(stack: Sta
     new = [(tls / "cert.pem", cert.read_bytes(), 0o644, 0), (tls / "key.pem", key.read_bytes(), 0o600, NGINX)]
     try:
         with load(stack) as outcomes:
+            # Clients keep their connections. New ones trust the new certificate, which these do not.
+            wait_for("requests", lambda: len(outcomes) > 4)
             write_together(new)
+            asked = len(outcomes)
             second = shown_certificate(stack, cert)
-            time.sleep(2)
+            wait_for("more requests", lambda: len(outcomes) > asked + 4)
     finally:
         write_together(old)
     assert second.split() == cert.read_text("ascii").split()
     assert second != first
     assert set(outcomes) == {"ok"}
     assert shown_certificate(stack, stack.ca_file) == first
+    assert processes(stack) == before
+
+
+# --- secrets of the deployment itself ---
+
+
+def prepare(stack: Stack) -> list[str]:
+    """Prepare the folder again and return what was changed."""
+    trust = ["--key", stack.public_key, "--state-dir", str(stack.folder / "state")]
+    done = stack.moat("prepare", str(stack.bundle), *trust, "--dir", str(stack.folder), "--json")
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout)["changes"])
+
+
+def test_new_accounts_of_the_store_count_without_a_restart(stack: Stack, folder: Path) -> None:
+    before = processes(stack)
+    secrets = stack.folder / "secrets"
+    old = {
+        p: p.read_text("ascii") for p in (*(secrets / "config-sync").iterdir(), *(secrets / "admin").glob("store_*"))
+    }
+    assert len(old) == 4
+    for path in old:
+        path.unlink()
+    prepare(stack)
+    assert all(p.read_text("ascii") != text for p, text in old.items())
+    stack.compose("up", "--detach", "minio-init")
+    wait_for("the new accounts", lambda: stack.ask_gateway("config", "status")["store"].get("reachable"), 60)
+    add_model(stack, folder, "with-new-accounts")
+    push(stack, folder)
+    assert ask_at(stack, "gateway-1", "with-new-accounts").status_code == 200
+    node = stack.ask_gateway("config", "status")["nodes"][0]
+    assert (node["reachable"], node["degraded"]) == (True, [])
+    assert processes(stack) == before
+
+
+def test_the_site_key_is_replaced_with_an_overlap(stack: Stack, folder: Path) -> None:
+    before = processes(stack)
+    keys, secret = stack.folder / "site-keys", stack.folder / "secrets/admin/site_key"
+    (old,) = keys.iterdir()
+    first = push(stack, stack.config_dir)["revision"]
+    rows = stack.ask_gateway("config", "history")["revisions"]
+    signers = {r["revision"]: r["signed_by"].upper() for r in rows if r["signed_by"]}
+    secret.unlink()
+    prepare(stack)
+    (new,) = set(keys.iterdir()) - {old}  # both count now
+    second = push(stack, stack.config_dir, "--force")["revision"]
+    assert second == first + 1
+    history = stack.ask_gateway("config", "history")["revisions"]
+    assert f"{history[0]['signed_by'].upper()}.pub" == new.name
+    assert f"{history[1]['signed_by'].upper()}.pub" == old.name == f"{signers[first]}.pub"
+    old.unlink()
+    add_model(stack, folder, "signed-anew")
+    push(stack, folder)
+    assert ask_at(stack, "gateway-2", "signed-anew").status_code == 200
+    # What the old key signed counts no more: it can be neither followed nor made a revision again.
+    refused = stack.ask_gateway("config", "rollback", str(first))
+    assert (refused["ok"], refused["problems"][0]["kind"]) == (False, "bad-signature")
     assert processes(stack) == before
