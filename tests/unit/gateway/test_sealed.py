@@ -85,7 +85,7 @@ def test_in_a_copy_of_another_site_s_revisions_only_the_replication_writes_them(
     assert targets == {"arn:aws:s3:::one/revisions/*", "arn:aws:s3:::one/current"}
     assert not [a for a, _ in may["moat-replicator"] if "Delete" in a]
     assert {"Effect": "Deny", "Action": ["admin:*"]} in made["moat-replicator"]["Statement"]
-    # With one bucket alone the writer has nothing left to write, and the policy must not say "nowhere": that is refused.
+    # With one bucket alone the writer has nothing left to write; a statement about nothing would be refused.
     alone = storeaccounts.policies(["one"], "reports", copy="one")["moat-writer"]
     assert all(s.get("Resource", ["x"]) for s in alone["Statement"])
 
