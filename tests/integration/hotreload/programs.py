@@ -43,14 +43,14 @@ def port() -> int:
             return number
 
 
-def until(what: str, seconds: float, check: Callable[[], Any], pause: float = 0.02) -> Any:
-    """Return the first true value of ``check``; it is asked until the deadline."""
+def until(what: str | Callable[[], str], seconds: float, check: Callable[[], Any], pause: float = 0.02) -> Any:
+    """Return the first true value of ``check``; it is asked until the deadline. ``what`` is for the message."""
     deadline = time.monotonic() + seconds
     while True:
         value = check()
         if value:
             return value
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what if isinstance(what, str) else what()}"
         time.sleep(pause)
 
 

@@ -127,7 +127,7 @@ CONTENT: dict[str, Wrong] = {
         entry("{model_name: o, litellm_params: {model: openai/o, api_base: 'http://198.51.100.7/v1', api_key: x}}"),
     ),
     "keys that are none": Wrong("bad-keys", keys("teams: []\nkeys:\n  - {id: a, team: nobody, sha256: 12}\n")),
-    "no keys.yaml": Wrong("bad-revision", without("keys.yaml")),
+    "no keys.yaml": Wrong("bad-config", without("keys.yaml")),
     "a router model of another hash": Wrong("bad-revision", router("m.safetensors", b"weights", "ab" * 32)),
     "a router model that is a pickle": Wrong("bad-revision", router("m.pkl", b"\x80\x04.")),
     "a router that takes for ever": Wrong("dry-run-failed", endless, pushed=False),
@@ -139,7 +139,7 @@ def other_key(hand: Hand, files: dict[str, bytes], number: int) -> None:
 
 
 def truncated(hand: Hand, files: dict[str, bytes], number: int) -> None:
-    raw = craft.archive(files, number, hand.key)[:-10240]
+    raw = craft.archive(files, number, hand.key)[:3000]
     hand.publish(number, raw)
 
 
@@ -227,7 +227,7 @@ def refused(site: Site, serving: int, number: int | None, kind: str, before: dic
         found = node.sync_state().get("last_refused") or {}
         return found if found.get("kind") == kind and found.get("revision") == number else {}
 
-    until(f"{kind} of {number} is refused; now: {node.sync_state()}\n{node.sidecar.tail(800)}", 30, last)
+    until(lambda: f"{kind} of {number} is refused\n{node.describe()}", 30, last)
     assert last()["reason"]
     assert gateway.marker("m0", site.key) == f"r{serving}"
     assert node.accepted() == serving
