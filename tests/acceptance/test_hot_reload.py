@@ -24,7 +24,7 @@ import pytest
 import yaml
 from tests.acceptance.stack import Stack, run
 
-from moat.site.deployment import NGINX, write_together
+from moat.site.deployment import GATEWAY, NGINX, write_file, write_together
 
 GATEWAYS = {"gateway-1": "http://172.30.242.11:4001", "gateway-2": "http://172.30.242.12:4002"}
 INTERVAL = 1.0  # seconds, the default of reload_interval
@@ -368,6 +368,31 @@ def prepare(stack: Stack) -> list[str]:
     done = stack.moat("prepare", str(stack.bundle), *trust, "--dir", str(stack.folder), "--json")
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout)["changes"])
+
+
+def test_a_replaced_administrators_key_counts_within_seconds(stack: Stack) -> None:
+    """What holds for it holds for every file of secrets/gateway/, a provider's key among them."""
+    before, file = processes(stack), stack.folder / "secrets/gateway/master_key"
+    old, new = file.read_text("ascii").strip(), "sk-moat-admin-" + "Zq7" * 14
+
+    def answers(key: str) -> set[int]:
+        headers = {"authorization": f"Bearer {key}"}
+        urls = [f"{url}/v1/models" for url in GATEWAYS.values()]
+        return {httpx.get(url, headers=headers, timeout=20, trust_env=False).status_code for url in urls}
+
+    assert (answers(old), answers(new)) == ({200}, {401})
+    try:
+        with load(stack) as outcomes:
+            write_file(file, new.encode() + b"\n", 0o600, GATEWAY)
+            wait_for("the new key", lambda: (answers(old), answers(new)) == ({401}, {200}), 15)
+    finally:
+        write_file(file, old.encode() + b"\n", 0o600, GATEWAY)
+    wait_for("the old key again", lambda: (answers(old), answers(new)) == ({200}, {401}), 15)
+    assert set(outcomes) == {"ok"}
+    assert processes(stack) == before
+    shown = "".join(stack.logs(s) for s in (*GATEWAYS, "config-sync")) + str(stack.ask_gateway("status"))
+    assert new not in shown
+    assert old not in shown
 
 
 def test_new_accounts_of_the_store_count_without_a_restart(stack: Stack, folder: Path) -> None:
