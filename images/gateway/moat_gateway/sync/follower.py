@@ -99,6 +99,8 @@ class Follower:
         self.current: Current | None = None
         self._archive = ""  # sha256 of the archive in force, as the pointer has it
         self._damaged = False  # what is kept of the revision in force cannot be used
+        self._kept_seen: tuple[tuple[str, int, int, int], ...] | None = None  # inputs, if what is kept has a problem
+        self._inputs = (settings.secrets_dir, settings.site_keys_dir)
         self._pointer: Pointer | None = None
         self._pending: _Pending | None = None
         self._failures = 0
@@ -110,6 +112,8 @@ class Follower:
         """Verify what is kept, say what is damaged, and remove what was never in force."""
         folder = self._keeper.folder
         unreadable = False
+        self._damaged, self._kept_seen = False, None
+        self._board.note("kept")
         try:
             self.current = read_current(folder)
         except BadRevision as e:
@@ -135,6 +139,9 @@ class Follower:
             except GatewayError as e:
                 self._log.event("sync.damaged", "error", revision=number, message=e.one_line())
                 continue
+            except Exception as e:
+                self._defect(e)
+                continue
             self._adopt(revision)
             break
         else:
@@ -142,9 +149,9 @@ class Follower:
                 # Its number still counts: nothing older is taken.
                 self._damaged = True
                 self._board.accepted(self.current.revision)
-                self._board.note("kept", f"the kept copy of revision {self.current.revision} cannot be used")
+                self._kept_problem(f"the kept copy of revision {self.current.revision} cannot be used")
         if unreadable and self.current is None:
-            self._board.note("kept", "nothing that was kept can be used")
+            self._kept_problem("nothing that was kept can be used")
 
     def _adopt(self, revision: Revision) -> None:
         self._archive = _archive_sha256(revision)
@@ -163,7 +170,12 @@ class Follower:
             prepared = self._vet.prepare(revision, dry_run=False)
         except Problems as e:
             self._log.event("sync.damaged", "error", revision=number, message=_all_lines(e.problems))
-            self._board.note("kept", f"revision {number} would be refused now: {e.problems[0].one_line()}")
+            self._kept_problem(f"revision {number} would be refused now: {e.problems[0].one_line()}")
+            return False
+        except Exception as e:
+            # A defect of the checks must not take config-sync down: the gateways serve this revision.
+            self._defect(e)
+            self._kept_problem(f"revision {number} could not be checked: {type(e).__name__}")
             return False
         try:
             if read_prepared(self._keeper.folder, number) == prepared:
@@ -172,6 +184,18 @@ class Follower:
             self._log.event("sync.damaged", "error", revision=number, message=e.one_line())
         self._keeper.write_prepared(number, prepared)
         return True
+
+    def _kept_problem(self, text: str) -> None:
+        self._board.note("kept", text)
+        self._kept_seen = fingerprint(self._inputs)
+
+    def _look_at_kept_again(self) -> None:
+        """Verify what is kept once more when secrets or site keys changed: it may have been for want of them."""
+        if self._kept_seen is not None and fingerprint(self._inputs) != self._kept_seen:
+            try:
+                self.recover()
+            except Exception as e:
+                self._defect(e)
 
     @contextmanager
     def _folder_may_fail(self) -> Generator[None]:
@@ -201,6 +225,7 @@ class Follower:
         Args:
             asked: somebody asked for a check at once; what may heal is tried again now.
         """
+        self._look_at_kept_again()
         try:
             pointer = self._source.pointer(self._pointer.etag if self._pointer is not None else None)
         except NoRevision as e:
@@ -271,7 +296,7 @@ class Follower:
         begun = self._clock()
         # Before anything is read: a change that comes meanwhile is a change.
         settings = self._settings
-        seen = {f: fingerprint((f,)) for f in (settings.secrets_dir, settings.site_keys_dir)}
+        seen = {f: fingerprint((f,)) for f in self._inputs}
         fetching = False
         try:
             if self._known(pointer):
@@ -344,7 +369,7 @@ class Follower:
         self._keeper.keep(revision, prepared)
         self.current = self._keeper.commit(revision)
         self._archive = pointer.sha256
-        self._damaged = False
+        self._damaged, self._kept_seen = False, None
         self._pending = None
         self._board.accepted(revision.number)
         self._board.note("kept")

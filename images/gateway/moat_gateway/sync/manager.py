@@ -129,8 +129,8 @@ class ConfigSyncManager:
             self._wake.set()
             # The dry run's end also ends a step that waits for it.
             dry_run.close()
+        # The folder is let go by the end of the process, not before a step that may still write.
         following.join(_END)
-        keeper.close()
         log.event("sync.end", signal=self._signal, seconds=round(time.monotonic() - begun, 1))
 
     def _tell(self, teller: Teller, board: Board, following: threading.Thread) -> None:

@@ -301,6 +301,19 @@ def test_no_site_keys_at_all_is_a_refusal_and_heals(node: Node) -> None:
     assert node.step() == 1
 
 
+def test_a_kept_revision_whose_site_key_is_missing_at_the_start_is_good_once_the_key_is_back(node: Node) -> None:
+    node.drive.push()
+    node.step()
+    (node.root / "site-keys" / "site.pub").rename(node.root / "away")
+    node.start()
+    assert node.board.state.revision == 1
+    assert "cannot be used" in node.board.state.degraded[0]
+    (node.root / "away").rename(node.root / "site-keys" / "site.pub")
+    assert node.step() == 1
+    assert node.board.state.degraded == ()
+    assert node.source.fetched == 0
+
+
 def test_being_asked_tries_again_at_once(node: Node) -> None:
     node.drive.push()
     path = node.drive.folder / "revisions" / "1"
@@ -488,6 +501,9 @@ def test_what_is_in_force_and_would_be_refused_now_stays_and_is_said(node: Node)
     node.start()
     assert node.step() == 1
     assert "would be refused now" in node.board.state.degraded[0]
+    (node.root / "secrets" / "up_key").write_text("it is back")
+    assert node.step() == 1
+    assert node.board.state.degraded == ()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the process test covers it with a full disk")
