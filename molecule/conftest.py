@@ -90,23 +90,27 @@ class Node:
             found.add((address.strip("[]"), int(port), program))
         return found
 
-    def new_key(self, name: str, team: str = "default", *, lasting: bool = False) -> str:
+    def new_key(self, name: str, team: str = "default") -> str:
         """Make a client key as an operator does and leave it in a file; return the file's path inside.
+
+        It is made in the site's own file, and every gateway takes it by a signed revision.
 
         Args:
             name: of the key.
             team: whose it is.
-            lasting: make it in the site's own file, from which every later run takes the keys; without it the key
-                is this node's alone, and gone after the next run.
         """
         path = f"/run/{name}.key"
-        place = ["--keys", "/etc/moat/site/config/keys.yaml"] if lasting else []
         self.run("rm", "-f", path)
-        self.run("moat-gateway", "keys", "revoke", *place, name)
-        self.ok("moat-gateway", "keys", "new", *place, name, "--team", team, "--out", path)
-        if lasting:
-            self.ok("moat-site", "config")
+        self.run("moat-gateway", "keys", "revoke", name)
+        self.ok("moat-gateway", "keys", "new", name, "--team", team, "--out", path)
+        self.ok("moat-site", "config", "push", "--wait=120")
         return path
+
+    def revision(self) -> int:
+        """Return the number of the revision that every gateway serves."""
+        status = json.loads(self.ok("moat-gateway", "config", "status", "--json"))
+        assert status["converged"], json.dumps(status, indent=1)[:4000]
+        return int(status["store"]["revision"])
 
     def chat(
         self,

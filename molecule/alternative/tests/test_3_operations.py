@@ -60,7 +60,7 @@ def test_a_gateway_that_is_told_to_stop_waits_as_long_as_it_was_told(node) -> No
 
 
 def test_one_more_gateway_other_secrets_and_a_drained_one_lose_no_request(node) -> None:
-    with load(node, node.new_key("load", lasting=True)):
+    with load(node, node.new_key("load")):
         run(node, "scale", "-e", "gateway_count=2")
         assert (V["gateway_listen_address"], V["gateway_base_port"] + 2) in {(a, p) for a, p, _ in node.listeners()}
         run(node, "drain", "-e", "drain_out=2")

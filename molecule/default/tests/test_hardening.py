@@ -11,7 +11,9 @@ import os
 
 import pytest
 
-SERVICES = ("moat-gateway@1.service", "moat-gateway@2.service", "minio.service", "valkey-server.service")
+SYNC = "moat-config-sync.service"
+GATEWAYS = ("moat-gateway@1.service", "moat-gateway@2.service")
+SERVICES = (*GATEWAYS, SYNC, "minio.service", "valkey-server.service")
 
 
 @pytest.mark.parametrize("unit", SERVICES)
@@ -70,6 +72,10 @@ def _user_of(node, unit: str) -> int:
 
 
 WRITE = os.O_WRONLY | os.O_CREAT
+OWN = {
+    **dict.fromkeys(GATEWAYS, ("/etc/moat/secrets/gateway/master_key",)),
+    SYNC: ("/etc/moat/secrets/gateway/master_key", "/etc/moat/secrets/config-sync/store_reader_secret_key"),
+}
 #: The last one: the folder itself is not there for the unit.
 REFUSED = ("Read-only file system", "Permission denied", "No such file or directory")
 
@@ -87,14 +93,36 @@ def test_the_control_the_host_itself_can_write_there(node) -> None:
 
 
 @pytest.mark.parametrize("unit", SERVICES)
-@pytest.mark.parametrize("path", ["/etc/moat/site/secrets/master_key", "/etc/moat/secrets/gateway/master_key"])
-def test_the_services_user_cannot_read_the_secrets_as_files(node, unit: str, path: str) -> None:
-    assert _open(node, unit, path, os.O_RDONLY, user=_user_of(node, unit)) in (
-        "Permission denied",
-        "No such file or directory",
-    )
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/moat/site/secrets/master_key",
+        "/etc/moat/site/secrets/site_key",
+        "/etc/moat/secrets/gateway/master_key",
+        "/etc/moat/secrets/config-sync/store_reader_secret_key",
+        "/etc/moat/secrets/minio/store_root_password",
+    ],
+)
+def test_a_service_reads_its_own_secrets_as_files_and_no_others(node, unit: str, path: str) -> None:
+    found = _open(node, unit, path, os.O_RDONLY, user=_user_of(node, unit))
+    if path in OWN.get(unit, ()):
+        assert found == "opened"
+        assert _open(node, unit, path, os.O_WRONLY) == "Read-only file system", "its mount can be written"
+        assert _open(node, unit, f"{path}.new", WRITE) == "Read-only file system"
+    else:
+        assert found in ("Permission denied", "No such file or directory")
     # The control: for root of the host it is there.
     assert _open(node, "test-model.service", path, os.O_RDONLY) == "opened"
+
+
+@pytest.mark.parametrize("unit", GATEWAYS)
+def test_a_gateway_reads_revisions_and_cannot_write_them(node, unit: str) -> None:
+    user = _user_of(node, unit)
+    assert _open(node, unit, "/var/lib/moat/sync/current.json", os.O_RDONLY, user=user) == "opened"
+    assert _open(node, unit, "/var/lib/moat/sync/current.json", os.O_WRONLY, user=user) == "Read-only file system"
+    # The control: its owner, config-sync, writes there.
+    assert _open(node, SYNC, "/var/lib/moat/sync/x", WRITE, user=user) == "opened"
+    node.ok("rm", "/var/lib/moat/sync/x")
 
 
 @pytest.mark.parametrize("unit", SERVICES)

@@ -22,7 +22,7 @@ LOAD = "/run/load.json"
 @pytest.fixture(scope="module", autouse=True)
 def load(node) -> Iterator[None]:
     """Clients that start before the first test; the last test stops them and reads what they counted."""
-    key = node.new_key("load", lasting=True)
+    key = node.new_key("load")
     node.chat(key)  # the gateways know the key from here on: a 401 later is a failure
     client = [
         "python3",
