@@ -24,7 +24,7 @@ import pytest
 import yaml
 from tests.acceptance.stack import Stack, run
 
-from moat.site.deployment import GATEWAY, NGINX, write_file, write_together
+from moat.site.deployment import GATEWAY, NGINX, write_file, write_pair
 
 GATEWAYS = {"gateway-1": "http://172.30.242.11:4001", "gateway-2": "http://172.30.242.12:4002"}
 INTERVAL = 1.0  # seconds, the default of reload_interval
@@ -346,12 +346,12 @@ def test_a_replaced_certificate_is_shown_at_once_and_no_connection_is_cut(stack:
         with load(stack) as outcomes:
             # Clients keep their connections. New ones trust the new certificate, which these do not.
             wait_for("requests", lambda: len(outcomes) > 4)
-            write_together(new)
+            write_pair(stack.folder, new)
             asked = len(outcomes)
             second = shown_certificate(stack, cert)
             wait_for("more requests", lambda: len(outcomes) > asked + 4)
     finally:
-        write_together(old)
+        write_pair(stack.folder, old)
     assert second.split() == cert.read_text("ascii").split()
     assert second != first
     assert set(outcomes) == {"ok"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from moat.console import Console
 from moat.errors import PrepareFailed
-from moat.site.deployment import GATEWAY, NGINX, write_failed, write_file, write_together
+from moat.site.deployment import GATEWAY, NGINX, write_failed, write_file, write_pair
 
 if TYPE_CHECKING:
     from moat.site.layout import Record
@@ -114,7 +114,7 @@ def make(root: Path, names: Sequence[str], bundle: VerifiedBundle, console: Cons
         console.run(argv, error=PrepareFailed, what="make the certificate", hint="see docs/compose.md, TLS")
         cert, key = (work / "cert.pem").read_bytes(), (work / "key.pem").read_bytes()
         ca = (work / "ca.pem").read_bytes() if (work / "ca.pem").exists() else cert
-        write_together([(root / "tls/key.pem", key, 0o600, NGINX), (root / "tls/cert.pem", cert, 0o644, 0)])
+        write_pair(root, [(root / "tls/key.pem", key, 0o600, NGINX), (root / "tls/cert.pem", cert, 0o644, 0)])
         write_file(root / "tls/ca.pem", ca, 0o644, 0)
         write_file(root / "client/ca.pem", ca, 0o644, 0)
     except OSError as e:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +28,11 @@ VALKEY: Final = 10104
 
 #: Certificate and key, which are replaced together.
 PAIR: Final = frozenset({"tls/cert.pem", "tls/key.pem"})
+#: Leads to ``now`` or ``before``, two empty folders: by its end nginx knows which pair it is to read.
+SWITCH: Final = "tls/switch/use"
+#: The pair before, while the two files are being replaced.
+BEFORE: Final = "tls/before"
+_HANDSHAKE: Final = 0.5  # seconds; between looking up the place and reading both files there are microseconds
 
 #: Changes the owner of an open file or of a path (a parameter, so that tests run without root).
 Chown = Callable[[int | Path, int, int], None]
@@ -39,6 +45,7 @@ class Kind(Enum):
     MANAGED = "managed"
     KEPT = "kept"
     SECRET = "secret"  # noqa: S105 - a word, not one
+    LINK = "link"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Item:
         kind: see :class:`Kind`.
         mode: permission bits.
         uid: owner; the group is the same number.
-        content: of a file. For ``KEPT`` and ``SECRET`` it counts only where the file is not there.
+        content: of a file; where a link leads. For ``KEPT`` and ``SECRET`` it counts only where the file is not there.
     """
 
     path: str
@@ -71,6 +78,8 @@ class Change:
     def text(self) -> str:
         """One line for the operator; never any content."""
         i = self.item
+        if i.kind is Kind.LINK:
+            return f"{self.action:<18} {i.path} (link to {i.content.decode()})"
         what = "folder" if i.kind is Kind.FOLDER else f"{i.kind.value} file" if i.kind is not Kind.SECRET else "secret"
         return f"{self.action:<18} {i.path} ({what}, mode {i.mode:04o}, owner {i.uid})"
 
@@ -114,8 +123,12 @@ def plan(root: Path, items: Iterable[Item]) -> list[Change]:
             continue
         except OSError as e:
             raise _refused(path, e.strerror, "a readable path", "run it as root") from e
+        if item.kind is Kind.LINK and stat.S_ISLNK(status.st_mode):
+            if os.readlink(path) != item.content.decode():  # noqa: PTH115 - as it is, not as a path
+                changes.append(Change("replace", item))
+            continue
         right = stat.S_ISDIR if item.kind is Kind.FOLDER else stat.S_ISREG
-        if not right(status.st_mode):
+        if not right(status.st_mode) or item.kind is Kind.LINK:
             raise _refused(
                 path,
                 "a symbolic link" if stat.S_ISLNK(status.st_mode) else "something else",
@@ -144,7 +157,10 @@ def apply(root: Path, changes: Sequence[Change], chown: Chown = os.chown) -> Non
             if change in pair:
                 if change is pair[0]:
                     files = [(root / c.item.path, c.item.content, c.item.mode, c.item.uid) for c in pair]
-                    write_together(files, chown)
+                    write_pair(root, files, chown)
+                continue
+            if item.kind is Kind.LINK:
+                point(path, item.content.decode())
                 continue
             if item.kind is Kind.FOLDER:
                 if change.action == "make":
@@ -174,6 +190,47 @@ def write_failed(path: Path, e: OSError) -> PrepareFailed:
     )
 
 
+def write_pair(root: Path, files: Sequence[tuple[Path, bytes, int, int]], chown: Chown = os.chown) -> None:
+    """Replace certificate and key of a deployment folder so that no handshake finds one of each pair.
+
+    nginx reads them at each handshake. Meanwhile it is shown a copy of the pair before, by a link that changes at once
+    (nginx/nginx.conf); what has just been looked up gets the time to be read.
+
+    Raises:
+        OSError: no room, no right.
+    """
+    use, before = root / SWITCH, root / BEFORE
+    current = [root / p for p in sorted(PAIR)]
+    if not use.is_symlink() or not before.is_dir() or not all(p.is_file() for p in current):
+        write_together(files, chown)
+        return
+    owners = [(p, p.stat()) for p in current]
+    copies = [(before / p.name, p.read_bytes(), stat.S_IMODE(s.st_mode), s.st_uid) for p, s in owners]
+    write_together(copies, chown)
+    point(use, "before")
+    time.sleep(_HANDSHAKE)
+    write_together(files, chown)
+    point(use, "now")
+    time.sleep(_HANDSHAKE)
+    for copy, *_ in copies:
+        copy.unlink()
+
+
+def point(link: Path, target: str) -> None:
+    """Let a symbolic link lead to ``target``, from one moment to the next.
+
+    Raises:
+        OSError: no right.
+    """
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.symlink_to(target)
+    try:
+        temporary.replace(link)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_file(path: Path, data: bytes, mode: int, uid: int, chown: Chown = os.chown) -> None:
     """Write a file by temporary file, fsync and rename; owner and mode are right before the name exists.
 
@@ -185,9 +242,6 @@ def write_file(path: Path, data: bytes, mode: int, uid: int, chown: Chown = os.c
 
 def write_together(files: Sequence[tuple[Path, bytes, int, int]], chown: Chown = os.chown) -> None:
     """Write files that belong together (path, content, mode, owner): all are there before the first is renamed.
-
-    Between the renames there are microseconds, not the time that a disk takes: nginx reads certificate and key at each
-    handshake, and must not find one of each pair.
 
     Raises:
         OSError: no room, no right; no temporary file is left behind.

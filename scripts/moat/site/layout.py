@@ -7,6 +7,7 @@ config/   config.yaml gateway.yaml keys.yaml         kept: the operator's
 secrets/<service>/<name>                             made once, mode 0600, owned by the service's user
 site-keys/<id>.pub                                   the public halves of the keys that may sign revisions
 tls/      cert.pem key.pem ca.pem                    made here, or the site's own
+          before/ switch/                            for replacing them (deployment.write_pair)
 client/   ca.pem, and the operator's client keys     for `docker compose run client`
 state/    prepared.json
 """
@@ -26,7 +27,7 @@ from typing import Final
 from moat import ed25519, minisign
 from moat.errors import KeyProblem, PrepareFailed
 from moat.site.certificate import Pair
-from moat.site.deployment import GATEWAY, MINIO, NGINX, VALKEY, Item, Kind, read_existing
+from moat.site.deployment import GATEWAY, MINIO, NGINX, SWITCH, VALKEY, Item, Kind, read_existing
 from moat.site.verify import VerifiedBundle
 
 PROFILES: Final = ("demo", "site")
@@ -224,6 +225,7 @@ def items(
         *_secret_files(secrets),
         _site_public_key(root, secrets),
         *_certificate(root, pair),
+        Item(SWITCH, Kind.LINK, 0o777, 0, b"now"),
         _record(root, bundle, options, pair),
     ]
 
@@ -244,7 +246,7 @@ def _folders() -> list[Item]:
         folder("secrets/config-sync", 0o700, GATEWAY),
         folder("secrets/admin", 0o700, GATEWAY),
         folder("site-keys", 0o755),
-        folder("tls", 0o755),
+        *(folder(p, 0o755) for p in ("tls", "tls/before", "tls/switch", "tls/switch/now", "tls/switch/before")),
         folder("client", 0o700, GATEWAY),
         folder("state", 0o755),
     ]

@@ -300,9 +300,43 @@ def test_certificate_and_key_are_renamed_only_when_both_are_written(tmp_path: Pa
 
     items = [Item(name, Kind.MANAGED, 0o600, me, b"after") for name in sorted(deployment.PAIR)]
     deployment.apply(tmp_path, deployment.plan(tmp_path, items), look)
-    assert seen == [{b"before"}, {b"before"}]
+    assert set(map(frozenset, seen)) == {frozenset({b"before"})}
     assert {(tmp_path / name).read_bytes() for name in deployment.PAIR} == {b"after"}
-    assert [p.name for p in (tmp_path / "tls").iterdir() if p.name.endswith(".tmp")] == []
+    assert [p.name for p in (tmp_path / "tls").rglob("*") if p.name.endswith(".tmp")] == []
+    assert (tmp_path / deployment.SWITCH).resolve() == tmp_path / "tls/switch/now"
+    assert list((tmp_path / deployment.BEFORE).iterdir()) == []  # no old key is left
+
+
+def test_a_replacement_that_was_cut_short_serves_the_pair_before_and_is_ended_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path)
+    names = sorted(deployment.PAIR)
+    for name in names:
+        (tmp_path / name).write_bytes(b"before")
+
+    def cut(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moat.site.deployment.time.sleep", cut)
+    files = [(tmp_path / name, b"after", 0o600, os.geteuid()) for name in names]
+    with pytest.raises(KeyboardInterrupt):
+        deployment.write_pair(tmp_path, files, no_chown)
+    assert (tmp_path / deployment.SWITCH).resolve() == tmp_path / "tls/switch/before"
+    assert {p.read_bytes() for p in (tmp_path / deployment.BEFORE).iterdir()} == {b"before"}
+    monkeypatch.undo()
+    changes = prepare(tmp_path)
+    assert f"replace {deployment.SWITCH}" in changes
+    assert (tmp_path / deployment.SWITCH).resolve() == tmp_path / "tls/switch/now"
+    assert prepare(tmp_path) == []
+
+
+def test_a_switch_that_is_no_link_is_refused(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / deployment.SWITCH).unlink()
+    (tmp_path / deployment.SWITCH).mkdir()
+    with pytest.raises(PrepareFailed):
+        prepare(tmp_path)
 
 
 def test_pairs_that_cannot_be_served_are_refused(tmp_path: Path) -> None:

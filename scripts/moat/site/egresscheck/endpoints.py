@@ -75,7 +75,18 @@ def gateway_argv(pid: int, container: str = "") -> list[str]:
     else:
         user = ["--reuid", ids["Uid"], "--regid", ids["Gid"], "--clear-groups"]
         # Its secrets are in a folder that leads nowhere but through its own mounts.
-        enter = ["nsenter", "--target", str(pid), "--mount", "--", "setpriv", *user, "--no-new-privs", "--inh-caps=-all", "--"]
+        enter = [
+            "nsenter",
+            "--target",
+            str(pid),
+            "--mount",
+            "--",
+            "setpriv",
+            *user,
+            "--no-new-privs",
+            "--inh-caps=-all",
+            "--",
+        ]
     return [*enter, *words[:serve], "endpoints", "--json", *words[serve + 1 :]]
 
 
