@@ -36,7 +36,8 @@ REPLICATOR_KEYS = ("store_replicator_access_key", "store_replicator_secret_key")
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _READ_BUCKET = ("s3:GetBucketLocation", "s3:GetBucketVersioning", "s3:ListBucket", "s3:ListBucketVersions")
-#: Tried one by one: without any of these MinIO does not replicate.
+#: Without the first two MinIO does not take the target, without the last two it copies nothing; by the others it sees
+#: what is there already when it tries again.
 _REPLICATE_BUCKET = ("s3:GetBucketVersioning", "s3:ListBucket")
 _REPLICATE_OBJECT = ("s3:GetObject", "s3:GetObjectVersion", "s3:PutObject", "s3:ReplicateObject")
 _READ_OBJECT = ("s3:GetObject", "s3:GetObjectVersion")

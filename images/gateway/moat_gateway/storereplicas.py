@@ -36,6 +36,15 @@ from moat_gateway.storeaccounts import REPLICATOR_KEYS
 _RULES = {"moat-revisions": revstore.PREFIX, "moat-pointer": revstore.POINTER}
 
 
+#: What MinIO says of a target that it does not take, and what to do.
+_HINTS = {
+    "RemoteConnection": "see that this store reaches it, trusts its certificate, and has the keys that "
+    "`moat-gateway store accounts --replica-of SITE` made there",
+    "RemoteTargetNotFound": "run `moat-gateway store accounts --replica-of SITE` there, or give --to-bucket",
+    "NotVersioned": "run `moat-gateway store accounts --replica-of SITE` there",
+}
+
+
 @dataclass(frozen=True)
 class Target:
     """Where the revisions are copied to.
@@ -121,15 +130,14 @@ def replicate(settings: Settings, secrets: Mapping[str, str], target: Target) ->
 def remove(settings: Settings, secrets: Mapping[str, str]) -> Replication:
     """End the copying; what was copied stays."""
     root = _root(secrets)
-    client, admin, changes = store.connect(settings, root), Admin(settings, root), []
+    client, admin, bucket = store.connect(settings, root), Admin(settings, root), settings.store_bucket
+    there = admin.targets(bucket)
     if _rules(settings, client):
-        store.call(
-            settings, "end the replication", lambda: client.delete_bucket_replication(Bucket=settings.store_bucket)
-        )
-        changes.append("rules of the replication removed")
-    for found in admin.targets(settings.store_bucket):
-        admin.call("DELETE", "remove-remote-target", {"bucket": settings.store_bucket, "arn": found["arn"]})
-        changes.append(f"target {found['endpoint']} removed")
+        store.call(settings, "end the replication", lambda: client.delete_bucket_replication(Bucket=bucket))
+    # MinIO removes the targets of rules with them, but not one that was left without rules.
+    for found in admin.targets(bucket):
+        admin.call("DELETE", "remove-remote-target", {"bucket": bucket, "arn": found["arn"]})
+    changes = [f"copying to {t['endpoint']} ended" for t in there]
     return replace(_state(settings, root), changes=tuple(changes))
 
 
@@ -220,7 +228,18 @@ def _target(admin: Admin, settings: Settings, secrets: Mapping[str, str], target
             return str(there[0]["arn"]), ""
         query |= {"update": "true", "creds": "true"}
         wanted["arn"] = there[0]["arn"]
-    answer = admin.call_sealed("PUT", "set-remote-target", query, wanted)
+    try:
+        answer = admin.call_sealed("PUT", "set-remote-target", query, wanted)
+    except StoreFailed as e:
+        hint = next((text for code, text in _HINTS.items() if code in (e.found or "")), None)
+        if hint is None:
+            raise
+        raise StoreFailed(
+            f"the store at {target.host} cannot be the target",
+            found=e.found,
+            expected=f"MinIO with the bucket {target.bucket}, which keeps versions, and the account of the replication",
+            hint=hint,
+        ) from e
     return str(json.loads(answer)), f"target {target.host} {'given other keys' if there else 'made'}"
 
 
