@@ -57,6 +57,8 @@ UNIT = "nginx.service"
 NGINX = "/usr/sbin/nginx"
 #: Which run of the unit was last given which configuration.
 MARKER = Path("/run/moat-nginx.digest")
+#: Reloads nginx when the certificate is replaced by its file.
+WATCH = "moat-nginx-tls.path"
 #: While it exists, each answer closes its client's connection.
 CLOSING = Path("/run/moat-nginx/closing")
 TEMPORARY = "TemporaryFileSystem=/var/cache/moat-nginx:mode=1777"
@@ -228,8 +230,12 @@ def main() -> None:
                 action=action or "nothing",
                 replaced=replaced,
             )
+        watched = bool(replaced) and run("systemctl", "is-active", WATCH)[1] == "active"
         if replaced:
             test(root, files, gid, p["group"])
+            if watched:
+                # It is this module that reloads now; the unit would do it once more.
+                must("systemctl", "stop", WATCH)
             folders(root, files, gid)
             for name in replaced:
                 if name in files:
@@ -252,6 +258,8 @@ def main() -> None:
             must("systemctl", "restart", UNIT)
         if action:
             MARKER.write_text(f"{show('InvocationID')} {digest(files)}\n", "ascii")
+        if watched:
+            must("systemctl", "start", WATCH)
         if not enabled:
             must("systemctl", "enable", "--quiet", UNIT)
     except Refused as e:
