@@ -29,6 +29,7 @@ from moat_gateway.sync.board import Board
 from moat_gateway.sync.files import boot_id
 from moat_gateway.sync.follower import Follower
 from moat_gateway.sync.keeper import Keeper
+from moat_gateway.sync.neighbours import Neighbours
 from moat_gateway.sync.nodefolder import SyncState, read_sync
 from moat_gateway.sync.reports import Reports
 from moat_gateway.sync.teller import TICK, Teller, Uploader
@@ -117,8 +118,10 @@ class ConfigSyncManager:
             adopt_loggers(log)
             reports = Reports(Path(settings.reports_dir))
             reports.forget_earlier_boots()
-            uploader = Uploader(self._node, lambda: revstore.open_store(settings), log)
-            teller = Teller(board, keeper, reports, self._turns(before), uploader, log)
+            neighbours = Neighbours(self._node)
+            uploader = Uploader(self._node, lambda: revstore.open_store(settings), neighbours, log)
+            rolling = settings.restart_policy == "rolling"
+            teller = Teller(board, keeper, reports, self._turns(before), neighbours, rolling, uploader, log)
             uploader.start()
             following = threading.Thread(target=self._follow, args=(follower,), name="follow", daemon=True)
             following.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rolling restarts: one gateway of the node at a time, the next only when the one before is back and ready.
+"""Rolling restarts: one gateway at a time, the next only when the one before is back and ready.
 
 A gateway that cannot take a revision live says so in its report and serves the old one on. It gets the turn while all
 others serve; it drains, ends, is started again and comes back with the revision. If it does not come back, nobody else
@@ -66,7 +66,14 @@ class Turns:
             lines.append(self._waits)
         return tuple(lines)
 
-    def step(self, reports: Mapping[str, Report], revision: int | None, now: float, boot: str) -> Turn | None:
+    def step(
+        self,
+        reports: Mapping[str, Report],
+        revision: int | None,
+        now: float,
+        boot: str,
+        objection: Callable[[], str | None] = lambda: None,
+    ) -> Turn | None:
         """Look at the reports and return whose turn it is.
 
         Args:
@@ -74,6 +81,7 @@ class Turns:
             revision: the one in force on this node.
             now: in seconds of the machine's running time.
             boot: which run of the machine that is.
+            objection: asked before a turn is given: why not (``None``: nothing against it; empty: not known yet).
         """
         ages = {name: r.age(now, boot) for name, r in reports.items()}
         alive = {name: r for name, r in reports.items() if (age := ages[name]) is not None and age <= ALIVE}
@@ -85,7 +93,7 @@ class Turns:
         if self._stopped is not None:
             self._look_again(self._stopped, alive, revision)
         if self._rolling and self.turn is None and self._stopped is None and revision is not None:
-            self._give(alive, known, revision, now)
+            self._give(alive, known, revision, now, objection)
         return self.turn
 
     def _follow(self, turn: Turn, report: Report | None, revision: int | None, now: float) -> None:
@@ -130,7 +138,14 @@ class Turns:
         if back or revision != stopped.turn.revision:
             self._stopped = None
 
-    def _give(self, alive: Mapping[str, Report], known: set[str], revision: int, now: float) -> None:
+    def _give(
+        self,
+        alive: Mapping[str, Report],
+        known: set[str],
+        revision: int,
+        now: float,
+        objection: Callable[[], str | None],
+    ) -> None:
         waiting = [r for _, r in sorted(alive.items()) if r.needs_restart and not r.draining]
         if not waiting:
             return
@@ -139,6 +154,10 @@ class Turns:
         down = sorted(n for n in known - {report.name} if n not in alive or alive[n].draining or not alive[n].ready)
         if down:
             self._waits = f"the restart of {report.name} waits until {', '.join(down)} is ready"
+            return
+        against = objection()
+        if against is not None:
+            self._waits = f"the restart of {report.name} waits: {against}" if against else None
             return
         self.turn = Turn(report.name, revision, report.started_at)
         self._given, self._gone = now, None
