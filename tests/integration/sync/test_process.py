@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import socket
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.sync.drive import Drive
 from tests.integration.sync.sidecar import Node, Sidecar, until
 
 from moat_gateway.sync import reports
@@ -188,3 +190,39 @@ def test_a_rolling_restart_is_one_after_the_other(shared: Sidecar) -> None:
     finally:
         for name in gateways:
             reports.remove_report(node.reports_dir, name)
+
+
+def test_two_nodes_restart_one_after_the_other(tmp_path: Path, python: Path) -> None:
+    drive = Drive(tmp_path / "drive")
+    nodes = {name: Node(tmp_path / name, python, drive, {"MOAT_NODE": name}) for name in ("a", "b")}
+    drive.push()
+    waiting = Report("g", 7, boot_id(), 0.0, 0, None, None, True, False, "first", needs_restart=("callbacks",))
+    gateways = {name: replace(waiting, needs_restart=()) for name in nodes}
+    with nodes["a"].start() as a, nodes["b"].start() as b:
+        sidecars = {"a": a, "b": b}
+
+        def turns() -> list[str]:
+            for name, node in nodes.items():
+                reports.write_report(node.reports_dir, replace(gateways[name], beat_boottime=boottime()))
+            return [name for name, sidecar in sidecars.items() if sidecar.state().turn is not None]
+
+        def gone(name: str) -> bool:
+            return name not in turns()
+
+        for sidecar in sidecars.values():
+            sidecar.wait_current(1)
+        until("both nodes' reports", lambda: turns() == [] and len(list((drive.folder / "nodes").iterdir())) == 2)
+        gateways = dict.fromkeys(nodes, waiting)
+        for name in ("a", "b"):
+            seen = until(f"the turn of {name}", turns, 60)
+            assert seen == [name]
+            # Longer than the nodes wait for each other's word.
+            deadline = time.monotonic() + 7
+            while time.monotonic() < deadline:
+                assert turns() == [name]
+                time.sleep(0.1)
+            gateways[name] = replace(waiting, revision=1, started_at="second", needs_restart=())
+            until(f"the end of the turn of {name}", partial(gone, name), 60)
+        for sidecar in sidecars.values():
+            assert [e["turn"] for e in sidecar.said("sync.turn")] == ["given", "done"]
+            assert sidecar.stop() == 0
