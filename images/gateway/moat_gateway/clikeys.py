@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         return _rotate(args, path)
     if args.action == "revoke":
         keyfile.revoke(path, args.id)
-        say(f"{args.id} is revoked; running gateways see it within a second")
+        say(f"{args.id} is revoked in {path}: with the next push, or within a second where gateways read this file")
         return 0
     now = keys.read(path)
     if args.json:

@@ -200,7 +200,7 @@ def _silence(node: Node) -> str:
 
 def _node(name: str, value: Mapping[str, Any], age: float) -> tuple[Node, tuple[Gateway, ...]]:
     sync = value["sync"]
-    alive = age <= NODE_SILENT
+    alive, age = age <= NODE_SILENT, round(age, 3)
     gateways = tuple(sorted((_gateway(name, g, age, alive) for g in value["gateways"]), key=lambda g: g.name))
     if sync is None:
         none = ("config-sync does not run here",)
@@ -225,8 +225,8 @@ def _node(name: str, value: Mapping[str, Any], age: float) -> tuple[Node, tuple[
 
 
 def _gateway(node: str, value: Mapping[str, Any], node_age: float, node_alive: bool) -> Gateway:
-    age = None if value["age"] is None else float(value["age"]) + node_age
     quiet = None if value["age"] is None else float(value["age"])
+    age = None if quiet is None else round(quiet + node_age, 3)
     return Gateway(
         name=_line(value["name"]),
         node=node,

@@ -68,7 +68,7 @@ def wait(
     """
     begun = clock()
     show = Live(out) if out.isatty() else None
-    told: dict[tuple[str, str | None], str] = {}
+    told: dict[tuple[str, str | None], tuple[str, int]] = {}
     while True:
         state = look()
         lags = fleet.lagging(state, revision, sha256)
@@ -103,14 +103,17 @@ class Live:
         self._lines = len(shown)
 
 
-def _tell(state: Fleet, lags: Sequence[Lag], told: dict[tuple[str, str | None], str], took: float, out: TextIO) -> None:
-    why = {(x.node, x.gateway): x.why for x in lags}
+def _tell(
+    state: Fleet, lags: Sequence[Lag], told: dict[tuple[str, str | None], tuple[str, int]], took: float, out: TextIO
+) -> None:
+    behind = {(x.node, x.gateway): x for x in lags}
     for g in state.gateways:
-        key = (g.node, g.name)
-        text = why.get(key, f"serves revision {g.revision}")
-        if told.get(key) != text:
-            told[key] = text
-            out.write(f"{took:6.1f} s  {g.node}/{g.name}: {text}\n")
+        lag = behind.get((g.node, g.name))
+        # Not the text: how long somebody has been silent changes all the time.
+        now = (lag.kind if lag else "", g.revision)
+        if told.get((g.node, g.name)) != now:
+            told[g.node, g.name] = now
+            out.write(f"{took:6.1f} s  {g.node}/{g.name}: {lag.why if lag else f'serves revision {g.revision}'}\n")
             out.flush()
 
 
