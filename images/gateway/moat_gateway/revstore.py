@@ -3,7 +3,8 @@
 
 A bucket (or a folder) holds ``revisions/<n>``, never overwritten, and ``current``, the pointer: the one object that is
 replaced, and only by who has seen the one before (``If-Match``). A push that dies anywhere leaves the old pointer, at
-worst beside a revision that nobody points to; its number is passed over by the next push.
+worst beside a revision that nobody points to; its number is passed over by the next push. Nothing is ever removed from
+there: an archive is as large as the configuration, and any of them can be brought back.
 
 What each node serves lies apart (``nodes/<node>.json``), because the nodes may write there and nowhere else.
 """

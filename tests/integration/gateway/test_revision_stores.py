@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tests.integration.gateway.stores import Backend, Driver, Place, Refused, Scissors, eventually, running
 
-from moat_gateway import revision, sitekey
+from moat_gateway import revision, sitekey, tls
 
 S3 = ("minio", "seaweedfs")
 ROUNDS = 25
@@ -523,6 +523,72 @@ def test_the_commands_from_init_to_rollback(place: Place) -> None:
     assert run("diff", "1", "3")["same"] is True
     silent = run("push", folder.replace("content", "nowhere"), code=7)
     assert "cannot be read" in silent["problems"][0]["message"]
+
+
+def test_a_drive_brings_what_was_signed_elsewhere(place: Place, tmp_path: Path, python: Path) -> None:
+    home = Place(Backend("directory", tmp_path), tmp_path / "home", python)
+    drive, content = home.folder / "source", str(home.folder / "content")
+    for words in (("init", content), ("push", content, "--author", "alice", "-m", "signed at home")):
+        done = home.command("config", *words)
+        assert done.returncode == 0, done.stderr
+    words = ("config", "push", "--signed-from", str(drive), "--json")
+    # The site has no secret key, and does not trust the home's key yet.
+    (place.folder / "secrets/site_key").unlink()
+    refused_ = place.command(*words)
+    assert (refused_.returncode, json.loads(refused_.stdout)["problems"][0]["kind"]) == (20, "bad-signature")
+    (place.folder / "site-keys/home.pub").write_bytes(home.key.public.to_bytes())
+    done = place.command(*words)
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stdout)["revision"], json.loads(done.stdout)["message"]) == (1, "signed at home")
+    assert json.loads(place.command(*words).stdout)["changed"] is False
+    # What this site's own rules refuse is refused here, however well it is signed.
+    config = home.folder / "content/config.yaml"
+    config.write_text(config.read_text().replace("model:8081", "198.51.100.7:80"))
+    assert home.command("config", "push", content, MOAT_EGRESS_ALLOW="198.51.100.7:80").returncode == 0
+    outside = place.command(*words)
+    assert (outside.returncode, json.loads(outside.stdout)["problems"][0]["kind"]) == (8, "endpoint-refused")
+    assert json.loads(place.command("config", "status", "--json").stdout)["store"]["revision"] == 1
+
+
+def test_a_store_s_new_authority_is_taken_up_without_a_restart(tmp_path: Path, python: Path) -> None:
+    certificates = tmp_path / "minio/certs"
+    certificates.mkdir(parents=True)
+    backend = Backend("minio", tmp_path / "minio")
+    assert backend.program is not None
+    backend.program.argv += ["--certs-dir", str(certificates)]
+
+    def certify(name: str) -> bytes:
+        made = tls.self_signed(tmp_path / name, ["127.0.0.1"], days=2).folder
+        (certificates / "public.crt").write_bytes((made / "cert.pem").read_bytes())
+        (certificates / "private.key").write_bytes((made / "key.pem").read_bytes())
+        return (made / "ca.pem").read_bytes()
+
+    place = Place(backend, tmp_path / "place", python)
+    authority = place.folder / "ca.pem"
+    authority.write_bytes(certify("first"))
+    over_tls = {"MOAT_STORE_ENDPOINT": f"https://127.0.0.1:{backend.port}", "MOAT_STORE_CA_FILE": str(authority)}
+    backend.start()
+    try:
+        done = place.command("store", "init", **over_tls)
+        assert done.returncode == 0, done.stderr
+        node = place.driver(**over_tls)
+        node.ask("push", text="one")
+        backend.stop()
+        second = certify("second")
+        backend.start()
+        wrong = eventually("the store answers at all", 60, lambda: _unless_down(node))
+        assert "SSLError" in wrong
+        authority.write_bytes(second)
+        assert eventually("the store answers", 60, lambda: node.ask("content")) == "one"
+    finally:
+        place.close()
+        backend.stop()
+
+
+def _unless_down(node: Driver) -> str:
+    """Return why the content is refused; nothing while the store is still starting."""
+    text = refused(node, "content").text
+    return "" if "EndpointConnectionError" in text else text
 
 
 def test_a_push_that_waits_for_nobody_says_so(place: Place) -> None:
