@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_options(sync)
 
     clistore.add_parser(
-        command("store", clistore.run, "Make or check the bucket of configuration revisions, and its accounts.")
+        command(
+            "store",
+            clistore.run,
+            "Make or check the buckets of a store and their accounts, or copy revisions to another site.",
+        )
     )
 
     tls_parser = command("tls", _tls, "Make a local certificate authority and a server certificate.")

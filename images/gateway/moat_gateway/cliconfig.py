@@ -37,7 +37,7 @@ from moat_gateway.publish import Base, Published, Wanted
 from moat_gateway.revstore import Store
 from moat_gateway.settings import Settings
 
-_WAIT = 30.0  # seconds
+_WAIT, _WAIT_MAX = 30.0, 86400  # seconds
 _STORE = (
     *(s.name for s in settings.SETTINGS if s.name.startswith("store_")),
     "source_dir",
@@ -105,11 +105,21 @@ def _publishing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait",
         nargs="?",
-        type=float,
+        type=_seconds,
         const=_WAIT,
         metavar="S",
         help=f"wait until every gateway serves it, at most so many seconds (default {_WAIT:g})",
     )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _WAIT_MAX:  # false for NaN as well
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to {_WAIT_MAX} (DIR goes in front)")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,7 +29,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "actions:\n" + "\n".join(f"  {name:<10} {text}" for name, text in _ACTIONS.items())
     parser.add_argument("action", choices=_ACTIONS)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--endpoint", dest="setting_store_endpoint", help="short for --store-endpoint")
+    parser.add_argument(
+        "--endpoint", dest="setting_store_endpoint", metavar="HOST:PORT", help="short for --store-endpoint"
+    )
     parser.add_argument("--bucket", action="append", metavar="NAME", help="a bucket; with `accounts` repeat for more")
     secrets = parser.add_mutually_exclusive_group()
     secrets.add_argument(

@@ -161,7 +161,8 @@ def test_init_makes_a_site_key_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_push_wants_one_thing_to_push(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["config", "push"], ["config", "push", "a", "--signed-from", "b"]):
+    wrong = [[], ["a", "--signed-from", "b"], ["--wait", "a"], *(["a", f"--wait={w}"] for w in ("-1", "nan", "inf"))]
+    for argv in (["config", "push", *w] for w in wrong):
         with pytest.raises(SystemExit) as e:
             main(argv)
         assert e.value.code == 2
