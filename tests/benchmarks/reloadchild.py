@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of ``bench_reload.py`` that runs with the gateway's interpreter: one process with LiteLLM and 400 deployments.
+"""The part of ``bench_reload.py`` that runs with the gateway's interpreter: LiteLLM with 400 deployments.
 
 Prints one JSON line a measurement. The event loop is watched by a task that never sleeps: how long one turn of the loop
 took is how long a request would have waited.
@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from tests.integration.gateway.revisions import Node
+
 from moat_gateway import checks, litellm_port, served
 from moat_gateway.keystore import KeyStore
 from moat_gateway.litellm_port import EffectiveFile, Serving
@@ -26,7 +28,6 @@ from moat_gateway.live import Live, Situation
 from moat_gateway.logs import Log
 from moat_gateway.metrics import Counters
 from moat_gateway.settings import Settings
-from tests.integration.gateway.revisions import Node
 
 COUNT = 400
 KEYS = "teams:\n  - {id: t, models: ['*']}\nkeys: []\n"
@@ -119,7 +120,8 @@ async def measure(name: str, change: Callable[[int], Awaitable[None]], runs: int
         change=name,
         longest_hold_ms=statistics.median(longest),
         worst_hold_ms=max(longest),
-        hold_cpu_ms=statistics.median(own), worst_hold_cpu_ms=max(own),
+        hold_cpu_ms=statistics.median(own),
+        worst_hold_cpu_ms=max(own),
         cpu_ms=round(statistics.median(cpu), 1),
         runs=runs,
     )
@@ -158,7 +160,6 @@ async def main(folder: Path) -> None:
     live.begin(secrets, master)
     generation = 0
 
-
     async def applied_only(name: str, changed: int, runs: int) -> None:
         """Like :func:`measure`, without the writing of the revision, which config-sync does elsewhere."""
         nonlocal generation
@@ -183,7 +184,8 @@ async def main(folder: Path) -> None:
             change=name,
             longest_hold_ms=statistics.median(longest),
             worst_hold_ms=max(longest),
-        hold_cpu_ms=statistics.median(own), worst_hold_cpu_ms=max(own),
+            hold_cpu_ms=statistics.median(own),
+            worst_hold_cpu_ms=max(own),
             cpu_ms=round(statistics.median(cpu), 1),
             wall_ms=round(statistics.median(wall), 1),
             runs=runs,

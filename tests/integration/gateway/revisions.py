@@ -34,8 +34,13 @@ class Node:
         self._key = SigningKey.generate()
         self._settings = Settings(secrets_dir=secrets)
         self.state = SyncState(
-            node="node", pid=1, boot_id=boot_id(), checked_boottime=boottime(), checked_at=timestamp(),
-            source=SourceState("directory", "of this test", True), interval=1.0,
+            node="node",
+            pid=1,
+            boot_id=boot_id(),
+            checked_boottime=boottime(),
+            checked_at=timestamp(),
+            source=SourceState("directory", "of this test", True),
+            interval=1.0,
         )
         self.tell()
 

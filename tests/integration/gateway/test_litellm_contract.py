@@ -44,7 +44,8 @@ def test_every_contract_is_run(results: dict[str, str]) -> None:
 
 
 def test_the_pin(results: dict[str, str]) -> None:
-    pin = re.search(r'^PIN = "(.+)"$', (PACKAGE / "moat_gateway/litellm_port/start.py").read_text("utf-8"), re.MULTILINE)
+    source = (PACKAGE / "moat_gateway/litellm_port/start.py").read_text("utf-8")
+    pin = re.search(r'^PIN = "(.+)"$', source, re.MULTILINE)
     assert pin is not None
     assert results["version"] == pin.group(1)
 
