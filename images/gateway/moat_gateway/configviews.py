@@ -22,6 +22,7 @@ from moat_gateway.revstore import NoRevision, Pointer, Store
 from moat_gateway.settings import Settings
 from moat_gateway.sitekey import PublicKey
 
+_NOTHING: tuple[str, Mapping[str, bytes]] = ("nothing", {})  # what the first revision follows
 _OF_MANIFEST = ("created_at", "author", "message", "content_of", "content", "previous")
 
 
@@ -138,11 +139,9 @@ def diff(args: argparse.Namespace) -> int:
     if args.old is not None and args.new is not None:
         (old_name, old), (new_name, new) = side(args.old), side(args.new)
     else:
-        _pointer, now = publish.current(store, trusted, limit)
-        current = f"revision-{now.number}", now.files
+        before, current = _in_force(store, trusted, limit, folder=args.old is not None and not args.old.isdecimal())
         if args.old is None:
-            # The first revision follows nothing: all of it is new.
-            (old_name, old), (new_name, new) = side(str(now.previous)) if now.previous else ("nothing", {}), current
+            (old_name, old), (new_name, new) = side(str(before)) if before else _NOTHING, current
         elif args.old.isdecimal():
             (old_name, old), (new_name, new) = side(args.old), current
         else:
@@ -157,6 +156,19 @@ def diff(args: argparse.Namespace) -> int:
     if not changes:
         print(f"{old_name} and {new_name} have the same content")
     return 0
+
+
+def _in_force(
+    store: Store, trusted: Sequence[PublicKey], limit: int, *, folder: bool
+) -> tuple[int, tuple[str, Mapping[str, bytes]]]:
+    """Return the number before the one in force, and that one with its name; a folder may be compared with nothing."""
+    try:
+        _pointer, now = publish.current(store, trusted, limit)
+    except NoRevision:
+        if not folder:
+            raise
+        return 0, _NOTHING
+    return now.previous, (f"revision-{now.number}", now.files)
 
 
 def history(args: argparse.Namespace) -> int:

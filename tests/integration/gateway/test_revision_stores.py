@@ -499,6 +499,8 @@ def test_the_commands_from_init_to_rollback(place: Place) -> None:
 
     assert run("init", folder)["files"] == ["config.yaml", "keys.yaml"]
     assert run("status")["store"]["revision"] is None
+    assert {f["change"] for f in run("diff", folder)["files"]} == {"added"}
+    assert run("diff", code=19)["problems"][0]["kind"] == "bad-revision"
     first = run("push", folder, "-m", "first", "--author", "alice")
     assert (first["revision"], first["models"]) == (1, ["chat-small"])
     assert run("push", folder)["changed"] is False
