@@ -171,7 +171,7 @@ def test_the_sidecar_is_killed_at_random_moments_while_revisions_come(site: Site
     node, random_ = site.nodes[0], random.Random(4711)
     traffic = site.load()
     number = 0
-    for _ in range(5):
+    for _ in range(4):
         for _ in range(random_.randrange(1, 4)):
             number = push(site)
         time.sleep(random_.uniform(0, 3 * INTERVAL))

@@ -60,7 +60,7 @@ def test_a_node_whose_clock_is_a_year_wrong_follows_like_the_others(site: Site) 
 def test_of_two_administrators_who_push_at_once_one_wins_and_the_other_is_told(site: Site) -> None:
     other = Admin(site, "other")
     conflicts = 0
-    for round_ in range(4):
+    for round_ in range(3):
         before = int(site.hand.bucket.current()["revision"])
 
         def push(who: Admin, marker: str = f"r{before + 1}") -> Pushed:
@@ -90,4 +90,5 @@ def test_of_two_administrators_who_push_at_once_one_wins_and_the_other_is_told(s
             models = gateway.status()["models"]
             assert f"of-{pointer['author']}" in models
             assert len([m for m in models if m.startswith("of-")]) == 1
-    assert conflicts > 0
+    # A push counts from its beginning: two that overlap cannot both win. (On a busy machine one may begin late.)
+    assert conflicts >= 2
