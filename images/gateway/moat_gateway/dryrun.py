@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dry run of LiteLLM's router: can it be built from a configuration, in time, in memory, without the network?
+"""A dry run: can LiteLLM load a configuration and build its router, in time, in memory, without the network?
 
-Importing LiteLLM takes seconds, building a router milliseconds. So a child process imports it once and then forks for
-each run (:mod:`moat_gateway.dryrunchild`); what a run does to LiteLLM's globals, to its environment and to its memory
-ends with it. The child is given references; only a fork reads the secrets, from their files.
+Importing LiteLLM takes seconds, loading a configuration a fraction of one. So a child process imports it once and then
+forks for each run (:mod:`moat_gateway.dryrunchild`); what a run does to LiteLLM's globals, to its environment and to
+its memory ends with it. The child is given references; only a fork reads the secrets, from their files.
 
 A run is killed with all it started when its time is over, and cannot take more memory than it may. The child itself may
 die at any time (the kernel's memory killer prefers it): the next run starts a new one.
@@ -26,7 +26,7 @@ from moat_gateway.errors import DryRunFailed
 from moat_gateway.litellm_port import OFFLINE
 from moat_gateway.settings import Settings
 
-START_TIMEOUT = 180.0  # seconds; importing LiteLLM takes two, on a busy machine many times that
+START_TIMEOUT = 180.0  # seconds; importing LiteLLM takes four, on a busy machine many times that
 _ANSWER_MARGIN = 15.0  # seconds over a run's own limit, after which the child itself is taken for stuck
 _END_TIMEOUT = 2.0  # seconds
 _INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
@@ -226,9 +226,9 @@ def _failed(answer: dict[str, Any], timeout: float, memory: int) -> DryRunFailed
             path=configdir.CONFIG,
         )
     return DryRunFailed(
-        "LiteLLM's router cannot be built from the configuration",
+        "LiteLLM cannot use the configuration",
         found=str(answer["found"]),
         expected="a router with every deployment",
-        hint="correct model_list or router_settings",
+        hint="correct what is named",
         path=configdir.CONFIG,
     )

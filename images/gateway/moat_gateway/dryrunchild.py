@@ -110,7 +110,7 @@ def main(fd: int) -> int:
         try:
             from moat_gateway.litellm_port import dryrun
 
-            dryrun.import_router()
+            dryrun.import_proxy()
         except Exception as e:
             send(parent, _answer(False, found=one_line(e, ())))
             return 1
@@ -237,7 +237,7 @@ def _build(prepared: bytes, secrets: list[str]) -> bytes:
             return _answer(False, why="unable", found=f"{path}: {e.message}")
         os.environ[name] = secrets[-1]
     sys.addaudithook(_refuse)
-    dryrun.build_router(value["effective"])
+    dryrun.load(value["effective"])
     return _answer(True)
 
 

@@ -175,9 +175,19 @@ def an_invalid_deployment_is_an_error_where_it_is_not_ignored() -> bool:
     return False
 
 
-def one_thread_after_the_import_of_the_router() -> bool:
+def a_configuration_can_be_loaded_from_memory() -> bool:
+    """What the dry run does, in place of a file."""
+    proxy = _proxy()
+    reads = "await self._get_config_from_file(config_file_path=config_file_path)" in _source(
+        proxy.ProxyConfig.get_config
+    )
+    loads = list(inspect.signature(proxy.ProxyConfig.load_config).parameters) == ["self", "router", "config_file_path"]
+    return reads and loads
+
+
+def one_thread_after_the_import_of_the_proxy() -> bool:
     """The dry run forks a process that has imported LiteLLM: with threads, that would not be sound."""
-    code = "import litellm, threading; litellm.Router; print(threading.active_count())"
+    code = "from litellm.proxy import proxy_server; import threading; print(threading.active_count())"
     argv = [sys.executable, "-c", code]
     environment = {**os.environ, **litellm_port.OFFLINE}
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
@@ -193,7 +203,8 @@ CONTRACTS: dict[str, Callable[[], bool]] = {
         rust_is_off_for_what_is_open, offline_switches_are_still_read, importing_set_no_event_loop_policy,
         no_native_resolver, router_has_names_and_deployments, bundled_tokenizers_load,
         routing_strategies_are_those_we_name, router_settings_are_those_we_name,
-        an_invalid_deployment_is_an_error_where_it_is_not_ignored, one_thread_after_the_import_of_the_router,
+        an_invalid_deployment_is_an_error_where_it_is_not_ignored, one_thread_after_the_import_of_the_proxy,
+        a_configuration_can_be_loaded_from_memory,
     )
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves the dry run with the real LiteLLM: what builds, what does not, and that its limits hold whatever it is given.
+"""Proves the dry run with the real LiteLLM: what loads, what does not, and that its limits hold whatever it is given.
 
 Time, memory, the network, the secrets, and the deaths of every process that takes part.
 """
@@ -165,6 +165,22 @@ def test_one_run_leaves_nothing_for_the_next(warm: DryRun, settings: Settings) -
     plain["references"] = {}  # the environment of the run before would answer
     plain["effective"]["model_list"][0]["litellm_params"]["rpm"] = "os.environ/UP_KEY"
     warm.run(json.dumps(plain).encode())  # no value: no rpm, where the secret would be no number
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "litellm_settings: {callbacks: [prometheus]}\n",
+        "litellm_settings: {callbacks: [otel]}\n",
+        "litellm_settings: {cache: true, cache_params: {type: redis, host: 127.0.0.1, port: 9}}\n",
+        "mcp_servers: {tools: {url: 'http://127.0.0.1:9/mcp'}}\n",
+        "litellm_settings:\n  success_callback: [s3_v2]\n  s3_callback_params: {s3_endpoint_url: 'http://127.0.0.1:9', "
+        "s3_bucket_name: b, s3_aws_access_key_id: os.environ/UP_KEY, s3_aws_secret_access_key: os.environ/UP_KEY}\n",
+    ],
+    ids=["prometheus", "otel", "redis", "mcp", "s3"],
+)
+def test_what_connects_at_a_start_loads_without_the_network(warm: DryRun, settings: Settings, more: str) -> None:
+    run(warm, settings, config(2, more))
 
 
 # --- limits ---

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building LiteLLM's router to see whether it can be built; only a process that ends afterwards may do this.
+"""Loading a configuration as LiteLLM's proxy does at its start, to see whether it can; the process must end then.
 
-A running gateway builds it with ``ignore_invalid_deployments``: what cannot be used is dropped with a warning. Here it
-is an error, so that a deployment that would silently be missing is named before anything is changed.
+A gateway that starts drops a deployment that cannot be used, with a warning. Here that is an error, so that what would
+silently be missing is named before anything is changed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from moat_gateway.configrules import REFERENCE
-from moat_gateway.litellm_port.words import ROUTER_SETTINGS
+from moat_gateway.configrules import MASTER_KEY_NAME, REFERENCE
+from moat_gateway.litellm_port.start import names_otel
 
-#: Of ``litellm_settings``, what the router looks at while it is built.
-_READ_BY_THE_ROUTER = (
-    "allowed_fails", "content_policy_fallbacks", "context_window_fallbacks", "default_fallbacks", "fallbacks",
-    "max_fallbacks", "num_retries", "request_timeout",
-)  # fmt: skip
+#: LiteLLM looks for Python modules beside its file; here is nothing.
+_NO_FILE = "/nonexistent/config.yaml"
 
 
 class BadDeployment(Exception):
@@ -33,62 +33,60 @@ class BadDeployment(Exception):
         super().__init__(f"model_list[{index}] ({name})")
 
 
-def import_router() -> None:
-    """Import what :func:`build_router` needs; it takes seconds."""
-    import litellm
+def import_proxy() -> None:
+    """Import what :func:`load` needs; it takes seconds."""
+    from litellm.proxy import proxy_server
 
-    _ = litellm.Router  # imported when it is first named
+    _ = proxy_server.ProxyConfig
 
 
-def build_router(effective: Mapping[str, Any]) -> None:
-    """Build the router of a configuration, in a process whose environment holds the secrets.
+def load(effective: Mapping[str, Any]) -> None:
+    """Load a configuration and build its router, in a process whose environment holds the secrets.
 
     Raises:
         BadDeployment: caused by what LiteLLM raises about one deployment.
-        ValueError: it left a deployment out.
+        ValueError: the router leaves a deployment out.
         Exception: whatever else LiteLLM raises.
     """
+    from litellm.proxy import proxy_server
+
+    # The administrator's key is no part of a revision, and need not be on this side.
+    os.environ[MASTER_KEY_NAME] = "sk-" + secrets.token_hex(32)
+    if names_otel(effective):
+        os.environ["LITELLM_OTEL_V2"] = "True"
+    given = copy.deepcopy(dict(effective))
+
+    class Held(proxy_server.ProxyConfig):  # type: ignore[misc]
+        async def _get_config_from_file(self, config_file_path: str | None = None) -> dict[str, Any]:
+            return given
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    # The loop is left as it is: what was begun on it (connections, exporters) ends with the process.
+    router, *_ = loop.run_until_complete(Held().load_config(router=None, config_file_path=_NO_FILE))
+    held = {str(d["model_info"]["id"]) for d in router.model_list} if router is not None else set()
+    entries = effective["model_list"]
+    missing = [i for i, e in enumerate(entries) if str(e["model_info"]["id"]) not in held]
+    for i in missing:
+        _build_alone(i, entries[i])
+    if missing:
+        first = entries[missing[0]]["model_name"]
+        raise ValueError(f"the router leaves out {len(missing)} of {len(entries)} deployments, first {first}")
+
+
+def _build_alone(index: int, entry: Mapping[str, Any]) -> None:
+    """Find out why a deployment is left out: LiteLLM says so only in its log."""
     import litellm
-    from litellm.types.router import RouterGeneralSettings
-
-    plain = _resolved(effective)
-    for name in _READ_BY_THE_ROUTER:
-        if (plain.get("litellm_settings") or {}).get(name) is not None:
-            setattr(litellm, name, plain["litellm_settings"][name])
-    settings = {k: v for k, v in (plain.get("router_settings") or {}).items() if k in ROUTER_SETTINGS}
-    plugins = settings.pop("plugins", None)
-    if plugins:
-        settings["plugins"] = [_named(name) for name in plugins]
-    entries = plain["model_list"]
-
-    def build(model_list: list[Any], **more: Any) -> Any:
-        return litellm.Router(
-            model_list=model_list,
-            router_general_settings=RouterGeneralSettings(async_only_mode=True),
-            ignore_invalid_deployments=False,
-            **more,
-        )
 
     try:
-        router = build(entries, search_tools=plain.get("search_tools"), **settings)
+        litellm.Router(model_list=[_resolved(entry)], ignore_invalid_deployments=False)
     except MemoryError:
         raise
-    except Exception:
-        # LiteLLM does not say which deployment it is; alone, it fails too.
-        for i, entry in enumerate(entries):
-            try:
-                build([entry])
-            except Exception as e:
-                raise BadDeployment(i, entry["model_name"]) from e
-        raise
-    held = {d["model_info"]["id"] for d in router.model_list}
-    missing = [e["model_name"] for e in entries if str(e["model_info"]["id"]) not in held]
-    if missing:
-        raise ValueError(f"the router leaves out {len(missing)} of {len(entries)} deployments, first {missing[0]}")
+    except Exception as e:
+        raise BadDeployment(index, entry["model_name"]) from e
 
 
 def _resolved(value: Any) -> Any:
-    """Return a copy with the values of the references, as LiteLLM's proxy makes one when it loads its file."""
     if isinstance(value, Mapping):
         return {k: _resolved(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -96,10 +94,3 @@ def _resolved(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(REFERENCE):
         return os.environ.get(value.removeprefix(REFERENCE))
     return value
-
-
-def _named(name: str) -> Any:
-    import importlib
-
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)

@@ -80,7 +80,7 @@ def prepare_environment(
     environ.update(OFFLINE)
     environ.update(wanted.secrets)
     environ[MASTER_KEY_NAME] = master_key
-    if _names_otel(wanted.effective):
+    if names_otel(wanted.effective):
         # Version 1 of that callback exports prompts by default. Without the callback the switch must be off: it
         # would set a tracer up that exports nowhere and warns at each request.
         environ["LITELLM_OTEL_V2"] = "True"
@@ -88,7 +88,8 @@ def prepare_environment(
     environ["CONFIG_FILE_PATH"] = str(file)
 
 
-def _names_otel(effective: Mapping[str, Any]) -> bool:
+def names_otel(effective: Mapping[str, Any]) -> bool:
+    """Say whether a configuration names the OpenTelemetry callback."""
     settings = effective.get("litellm_settings") or {}
     named = [settings.get(s) or [] for s in ("callbacks", "success_callback", "failure_callback", "service_callback")]
     return any(
