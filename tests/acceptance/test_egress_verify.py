@@ -154,7 +154,7 @@ def test_the_endpoints_of_the_default_site(default: Run) -> None:
 def test_containers_reach_neither_the_host_nor_the_outside(default: Run) -> None:
     """Each probe made packets arrive at the host: a probe that nothing came out of would prove nothing."""
     probes = {p["name"]: p["found"] for p in default.report["probes"]}
-    for service, bridge in (("gateway-1", "moat-core"), ("nginx", "moat-edge")):
+    for service, bridge in (("config-sync", "moat-core"), ("nginx", "moat-edge")):
         assert "EHOSTUNREACH" in probes[f"{service} cannot reach the host's services by {bridge} (tcp)"]
         assert "nothing arrived" in probes[f"{service} cannot reach the host's services by {bridge} (udp)"]
         out = probes[f"nothing from {service} leaves by {bridge}, masquerade included"]
@@ -260,7 +260,7 @@ def test_the_probes_notice_an_open_firewall(stack: Stack, open_firewall: None) -
     finally:
         layer.stop()
     assert probes["the rules of `moat firewall` are in force"][0] is False
-    for service, bridge in (("gateway-1", "moat-core"), ("nginx", "moat-edge")):
+    for service, bridge in (("config-sync", "moat-core"), ("nginx", "moat-edge")):
         assert probes[f"{service} cannot reach the host's services by {bridge} (tcp)"] == (False, "reached")
         assert probes[f"{service} cannot reach the host's services by {bridge} (udp)"] == (False, "reached")
     # moat-edge is no internal network: its packets come as far as the way out, and are dropped there by the capture.
