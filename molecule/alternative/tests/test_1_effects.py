@@ -19,6 +19,7 @@ import yaml
 V: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "vars.yml").read_text("utf-8"))
 MIB = 1024 * 1024
 GATEWAY, STORE, COUNTERS = "moat-gateway@1.service", "minio.service", "valkey-server.service"
+SYNC = "moat-config-sync.service"
 HTTPS = f"https://localhost:{V['nginx_https_port']}"
 
 
@@ -93,6 +94,8 @@ def test_the_limits_of_the_units(node) -> None:
         "TimeoutStopUSec": f"{stop // 60}min {stop % 60}s",
         "MemoryDenyWriteExecute": "yes" if V["gateway_memory_deny_write_execute"] else "no",
     }
+    sync = str(int(V["config_sync_memory_max"].removesuffix("M")) * MIB)
+    assert node.show(SYNC, "MemoryMax") == {"MemoryMax": sync}
     assert node.show(STORE, "MemoryMax") == {"MemoryMax": str(V["minio_memory_max"] * MIB)}
     assert node.show(COUNTERS, "MemoryMax") == {"MemoryMax": str((V["valkey_memory"] * 3 // 2 + 32) * MIB)}
     nginx = node.show("nginx.service", "MemoryMax", "TimeoutStopUSec")
@@ -120,12 +123,41 @@ def test_the_gateway_runs_with_its_settings(node) -> None:
         "MOAT_SHUTDOWN_DELAY": V["gateway_shutdown_delay"],
         "MOAT_SHUTDOWN_TIMEOUT": V["gateway_shutdown_timeout"],
         "MOAT_KEEPALIVE_TIMEOUT": V["gateway_keepalive_timeout"],
+        "MOAT_SECRETS_POLL": V["gateway_secrets_poll"],
+        "MOAT_STALE_AFTER": V["config_sync_stale_after"],
         **{f"MOAT_{k.upper()}": v for k, v in V["gateway_settings"].items()},
     }
     assert {k: found.get(k) for k in expected} == {k: str(v) for k, v in expected.items()}
     allow = found["MOAT_EGRESS_ALLOW"].split()
     assert "model-1.alternative.example:8443" in allow
     assert {e["address"] for e in V["moat_egress_allow"]} & {a.rpartition(":")[0].strip("[]") or a for a in allow}
+
+
+def test_config_sync_runs_with_its_settings(node) -> None:
+    found = environ(node, SYNC)
+    expected = {
+        "MOAT_NODE": V["config_sync_node"],
+        "MOAT_STORE_BUCKET": V["config_sync_bucket"],
+        "MOAT_STORE_STATUS_BUCKET": V["config_sync_status_bucket"],
+        "MOAT_RELOAD_INTERVAL": V["config_sync_reload_interval"],
+        "MOAT_SYNC_KEEP": V["config_sync_revisions_keep"],
+        "MOAT_REVISION_MAX": V["config_sync_revision_max"],
+        "MOAT_DRY_RUN_TIMEOUT": V["config_sync_dry_run_timeout"],
+        "MOAT_DRY_RUN_MEMORY": V["config_sync_dry_run_memory"],
+        "MOAT_RESTART_POLICY": V["config_sync_restart_policy"],
+    }
+    assert {k: found.get(k) for k in expected} == {k: str(v) for k, v in expected.items()}
+
+
+def test_revisions_and_reports_are_in_the_other_buckets_under_the_other_name(node) -> None:
+    status = json.loads(node.ok("moat-gateway", "config", "status", "--json"))
+    assert status["converged"], json.dumps(status, indent=1)[:3000]
+    assert status["store"]["revision"] >= 1
+    assert {n["name"] for n in status["nodes"]} == {V["config_sync_node"]}
+    drive = V["minio_drives"][0]
+    for bucket, key in ((V["config_sync_bucket"], "current"), (V["config_sync_status_bucket"], "nodes")):
+        assert key in node.ok("ls", f"{drive}/{bucket}").split()
+    assert node.run("test", "-e", f"{drive}/moat-config/current").returncode != 0
 
 
 def test_only_warnings_are_logged(node) -> None:

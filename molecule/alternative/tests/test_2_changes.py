@@ -61,6 +61,21 @@ def test_older_releases_go_and_an_older_bundle_is_taken(node) -> None:
     assert json.loads(node.ok("cat", "/var/lib/moat/installed.json"))["version"] == record["version"]
 
 
+def test_a_rolled_back_revision_is_published_again_by_a_run_of_the_site_only_as_asked_for(node) -> None:
+    """``config_sync_publish``: always what the folder says; the control is a run with ``changed``."""
+    assert V["config_sync_publish"] == "always"
+    node.new_key("rolled-back")
+    newest = node.revision()
+    node.ok("moat-site", "config", "rollback", str(newest - 1), "--wait=120")
+    done = moat_site(node, "site", "--tags", "config_sync", "-e", "config_sync_publish=changed")
+    assert done.returncode == 0, text_of(done)[-2000:]
+    assert node.revision() == newest + 1
+    done = moat_site(node, "site", "--tags", "config_sync")
+    assert done.returncode == 0, text_of(done)[-2000:]
+    assert node.revision() == newest + 2
+    assert node.chat("/run/rolled-back.key", url=HTTPS, max_tokens=2).status == 200
+
+
 def test_as_many_versions_of_the_configuration_are_kept_as_asked_for(node) -> None:
     for name in ("first", "second"):
         keys = ["moat-gateway", "keys", "new", name, "--team", "default", "--keys", "/etc/moat/site/config/keys.yaml"]
@@ -69,4 +84,11 @@ def test_as_many_versions_of_the_configuration_are_kept_as_asked_for(node) -> No
         assert done.returncode == 0, text_of(done)[-2000:]
     # The installation brought the first version, so there have been three at least.
     assert len(node.ok("ls", "/var/lib/moat/config").split()) == V["config_sync_keep"]
+    for name in ("third", "fourth"):
+        node.new_key(name)
+    status = json.loads(node.ok("moat-gateway", "config", "status", "--json"))
+    newest = status["store"]["revision"]
+    assert newest > V["config_sync_revisions_keep"]
+    kept = {int(n) for n in node.ok("ls", "/var/lib/moat/sync/revisions").split()}
+    assert kept == set(range(newest - V["config_sync_revisions_keep"] + 1, newest + 1))
     assert node.chat("/run/second.key", url=HTTPS, max_tokens=2).status == 200

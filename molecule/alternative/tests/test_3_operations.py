@@ -66,8 +66,15 @@ def test_one_more_gateway_other_secrets_and_a_drained_one_lose_no_request(node) 
         run(node, "drain", "-e", "drain_out=2")
         run(node, "drain", "-e", "drain_back=2")
         before = node.ok("sha256sum", "/etc/moat/secrets/gateway/master_key")
+        signed = node.ok("ls", "/etc/moat/site-keys").split()
         run(node, "rotate_secrets", "-e", "rotate=all")
         assert node.ok("sha256sum", "/etc/moat/secrets/gateway/master_key") != before
+        # The key before is trusted beside the new one, until it is dropped.
+        both = node.ok("ls", "/etc/moat/site-keys").split()
+        assert len(both) == len(signed) + 1
+        run(node, "rotate_secrets", "-e", "rotate=drop_site_key")
+        assert node.ok("ls", "/etc/moat/site-keys").split() == sorted(set(both) - set(signed))
+        assert node.revision() > 1
 
 
 def test_verify_finds_nothing_wrong(node) -> None:

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-UNITS = {
-    "moat_gateways": "moat-gateway@1.service",
-    "moat_edge": "nginx.service",
-    "moat_store": "minio.service",
-    "moat_counters": "valkey-server.service",
-}
+UNITS = [
+    ("moat_gateways", "moat-gateway@1.service"),
+    ("moat_gateways", "moat-config-sync.service"),
+    ("moat_edge", "nginx.service"),
+    ("moat_store", "minio.service"),
+    ("moat_counters", "valkey-server.service"),
+]
 PORTS = {"moat_gateways": [4001], "moat_edge": [8443, 8080], "moat_store": [9000], "moat_counters": [6379]}
 #: What each host may reach besides itself, by the counter of the rule.
 ALLOWED = {
@@ -31,7 +32,7 @@ EDGES = ("node1", "node2")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_host_runs_what_its_groups_say_and_nothing_else(site, name: str) -> None:
-    for group, unit in UNITS.items():
+    for group, unit in UNITS:
         state = site.hosts[name].show(unit, "ActiveState", "UnitFileState", "NRestarts")
         wanted = "active" if name in site.groups[group] else "inactive"
         assert state["ActiveState"] == wanted, unit
@@ -59,16 +60,28 @@ def test_the_sockets_are_bound_to_the_site_address_alone(site, name: str) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_host_has_the_secrets_of_its_own_services_alone(site, name: str) -> None:
-    services = {"gateway": "moat_gateways", "minio": "moat_store", "valkey": "moat_counters"}
+    services = {
+        "gateway": "moat_gateways",
+        "config-sync": "moat_gateways",
+        "minio": "moat_store",
+        "valkey": "moat_counters",
+    }
     tree = ["find", "/etc/moat/secrets"]
     folders = site.hosts[name].ok(*tree, "-mindepth", "1", "-type", "d", "-printf", "%f\\n").split()
     assert set(folders) == {s for s, group in services.items() if name in site.groups[group]}
-    assert site.hosts[name].ok(*tree, "-type", "d", "(", "!", "-perm", "700", "-o", "!", "-user", "root", ")") == ""
-    assert site.hosts[name].ok(*tree, "-type", "f", "(", "!", "-perm", "600", "-o", "!", "-user", "root", ")") == ""
+    assert site.hosts[name].ok("stat", "-c", "%a %U", "/etc/moat/secrets").strip() == "700 root"
+    given = ["(", "-path", "*/gateway*", "-o", "-path", "*/config-sync*", ")"]
+    for kind, others, service in (("d", "700", "750"), ("f", "600", "440")):
+        loose = ["-type", kind, "!", *given, "!", "(", "-user", "root", "-perm", others, ")"]
+        assert site.hosts[name].ok(*tree, *loose) == ""
+        loose = ["-type", kind, *given, "!", "(", "-user", "root", "-group", "moat-gateway", "-perm", service, ")"]
+        assert site.hosts[name].ok(*tree, *loose) == ""
     assert len(site.hosts[name].ok(*tree, "-type", "f").split()) >= 4, "the check is looking in the wrong place"
     # The operator's source of truth, and the key of the authority, are on the control host alone.
     everywhere = ["find", "/etc/moat", "/opt/moat", "/var/lib/moat"]
-    there = site.hosts[name].ok(*everywhere, "-name", "ca.key", "-o", "-path", "/etc/moat/site")
+    there = site.hosts[name].ok(
+        *everywhere, "-name", "ca.key", "-o", "-name", "site_key", "-o", "-path", "/etc/moat/site"
+    )
     assert bool(there) == (name == "node1")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,23 @@ def test_every_gateway_answers_in_turn_through_each_entrance(site, ask, edge: st
     answers = [ask(edge) for _ in range(6)]
     assert [status for status, _ in answers] == [200] * 6
     assert {gateway for _, gateway in answers} == site.gateways()
+
+
+def test_a_revision_comes_to_every_node_and_each_of_them_can_show_it(site, ask) -> None:
+    first = site.hosts["node1"]
+    number = first.revision()
+    first.ok("moat-gateway", "keys", "new", "another", "--team", "default", "--out", "/run/another.key")
+    pids = {name: site.hosts[name].pid("moat-gateway@1.service") for name in site.hosts}
+    said = first.ok("moat-site", "config", "push", "--wait=120")
+    assert "all 3 gateways serve" in said
+    for name, node in site.hosts.items():
+        status = json.loads(node.ok("moat-gateway", "config", "status", "--json"))
+        assert status["converged"], name
+        assert status["store"]["revision"] == number + 1
+        assert {n["name"] for n in status["nodes"]} == set(site.hosts)
+        assert node.pid("moat-gateway@1.service") == pids[name]
+        # A node reads the store and signs nothing.
+        assert node.run("moat-gateway", "config", "push", "/etc/moat/config").returncode != 0
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ LEFT_OUT = {
     "nginx_tls_cert": "beside base_tls_certificate one of the two could not be seen: test_3_operations.py flips it",
     "nginx_tls_key": "goes with nginx_tls_cert",
     "nginx_members_down": "drain.yml keeps it: test_3_operations.py drains a gateway and brings it back",
+    "config_sync_source_dir": "a folder instead of the store: tests/unit/ansible/test_gateway_templates.py",
     "no_egress_state": "its other value is the removal: test_4_removed.py",
 }
 #: In vars.yml, so that an installation is seen to work with it, but no effect can be seen on one host; with the reason.
@@ -34,6 +35,7 @@ NOT_SEEN = {
     "bundle_parts": "install.sh stages the whole medium on the control host; other nodes get these (multinode)",
     "base_certificate_renew_days": "counts 380 days from now: tests/unit/ansible/test_certificate.py",
     "gateway_probe_model": "what is asked after a restart: tests/unit/ansible/test_gateway_modules.py",
+    "config_sync_wait": "how long a run waits for gateways that are late; here none is",
     "gateway_settle": "a pause between two gateways, on one host a second at most; no test measures it",
     "nginx_fail_timeout": "for gateways on other hosts: tests/unit/ansible/test_gateway_templates.py",
     "nginx_close_seconds": "a pause before a reload; no test measures it",
