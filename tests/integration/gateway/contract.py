@@ -194,6 +194,140 @@ def one_thread_after_the_import_of_the_proxy() -> bool:
     return done.stdout.split() == ["1"]
 
 
+# --- what is changed while LiteLLM serves (litellm_port/live.py) ---
+
+
+def _small_router() -> Any:
+    import litellm
+
+    entry = {
+        "model_name": "a",
+        "litellm_params": {"model": "openai/a", "api_base": "http://127.0.0.1:9", "api_key": "x"},
+    }
+    return litellm.Router(model_list=[entry])
+
+
+def the_tables_of_the_router_are_those_that_are_swapped() -> bool:
+    """What a router with one more deployment holds in other attributes, and not in ours, would not be swapped."""
+    from moat_gateway.litellm_port import live
+
+    router, ours = _small_router(), {*live.TABLES, "pattern_router", "healthy_deployments"}
+    before = {k: repr(v) for k, v in vars(router).items() if k not in ours}
+    second = {"model": "openai/b", "api_base": "http://127.0.0.1:9", "api_key": "x"}
+    staging = live._staging(router)
+    staging._create_deployment(deployment_info={}, _model_name="b*", _litellm_params=second, _model_info={"id": "i"})
+    added = {n for n in ours - {"healthy_deployments"} if repr(getattr(staging, n)) != repr(getattr(router, n))}
+    untouched = {k: repr(v) for k, v in vars(router).items() if k not in ours} == before
+    return untouched and {"model_list", "model_id_to_deployment_index_map", "pattern_router"} <= added
+
+
+def the_router_answers_from_its_tables() -> bool:
+    from moat_gateway.litellm_port import live
+
+    router = _small_router()
+    staging = live._staging(router)
+    model = router.model_list[0]
+    staging._add_model_to_list_and_index_map(model={**model, "model_name": "new"}, model_id=model["model_info"]["id"])
+    staging.model_names = {"new"}
+    for name in (*live.TABLES, "pattern_router"):
+        setattr(router, name, getattr(staging, name))
+    router._invalidate_model_group_info_cache()
+    router._invalidate_access_groups_cache()
+    return [m["model_name"] for m in router.get_model_list()] == ["new"] and bool(router.get_all_deployments("new"))
+
+
+def a_router_that_is_discarded_leaves_no_callback() -> bool:
+    import litellm
+
+    _small_router()
+    before = dict(litellm_port.callback_counts())
+    for _ in range(3):
+        litellm.Router(num_retries=1, fallbacks=[{"a": ["b"]}]).discard()
+    return dict(litellm_port.callback_counts()) == before
+
+
+def a_change_of_the_strategy_leaves_no_callback() -> bool:
+    from moat_gateway.litellm_port import options
+
+    router = _small_router()
+    router.routing_strategy_init(routing_strategy="simple-shuffle", routing_strategy_args={})
+    before = dict(litellm_port.callback_counts())
+    for strategy in (*sorted(options.STRATEGIES), "simple-shuffle"):
+        router.routing_strategy_init(routing_strategy=strategy, routing_strategy_args={})
+    return dict(litellm_port.callback_counts()) == before
+
+
+def the_router_has_the_attributes_of_its_live_settings() -> bool:
+    from moat_gateway.litellm_port import options
+
+    router = _small_router()
+    names = {a for table in (options.ROUTER, options.LITELLM_OF_ROUTER) for row in table.values() for a in row}
+    known = set(type(router).get_valid_args())
+    settings = {*options.ROUTER, *options.ROUTER_STRATEGY, options.ROUTER_GROUPS}
+    caches = hasattr(router.cooldown_cache, "default_cooldown_time") and hasattr(router, "_routing_groups_input")
+    return all(hasattr(router, n) for n in names) and settings <= known and caches
+
+
+def litellm_reads_its_live_settings_at_each_request() -> bool:
+    """Each is an attribute of the module that some function reads; none is copied at import only."""
+    import litellm
+
+    from moat_gateway.litellm_port import options
+
+    root = Path(litellm.__file__).parent
+    text = "".join(p.read_text("utf-8", "replace") for p in root.rglob("*.py") if "integrations" not in p.parts)
+    return all(hasattr(litellm, n) and f"litellm.{n}" in text for n in {*options.LITELLM, *options.LITELLM_OF_ROUTER})
+
+
+def the_proxy_reads_its_live_general_settings_at_each_request() -> bool:
+    from moat_gateway.litellm_port import options
+
+    load = _source(_proxy().ProxyConfig.load_config)
+    root = Path(_proxy().__file__).parent
+    text = "".join(p.read_text("utf-8", "replace") for p in root.rglob("*.py"))
+    return all(f'"{n}"' in text and f'"{n}"' not in load for n in options.GENERAL)
+
+
+def the_proxy_has_what_a_change_calls() -> bool:
+    proxy = _proxy()
+    config = proxy.proxy_config
+    calls = (
+        "_check_for_os_environ_vars", "_load_yaml_settings_stores", "_config_with_resolved_settings",
+        "_apply_resolved_runtime_settings", "load_credential_list",
+    )  # fmt: skip
+    functions = (
+        "validate_deployment_max_agentic_loops", "validate_deployment_access_windows", "pin_complexity_router_model_id",
+        "drop_params_flag", "hash_token", "litellm_master_key_hash", "llm_model_list",
+    )  # fmt: skip
+    resolves = config._check_for_os_environ_vars(config={"a": {"b": ["x", {"c": "os.environ/PATH"}]}})
+    return (
+        all(callable(getattr(config, n)) for n in calls)
+        and all(hasattr(proxy, n) for n in functions)
+        and resolves == {"a": {"b": ["x", {"c": os.environ["PATH"]}]}}
+    )
+
+
+def the_price_table_forgets_a_deployment() -> bool:
+    import litellm
+
+    from moat_gateway.litellm_port import live
+
+    before = len(litellm.model_cost)
+    entry = {
+        "model_name": "z",
+        "litellm_params": {"model": "openai/z-unknown", "api_key": "x"},
+        "model_info": {"id": "z"},
+    }
+    router = litellm.Router(model_list=[entry])
+    known = len(litellm.model_cost) > before
+    proxy = _proxy()
+    proxy.llm_router = router
+    for key in live._price_keys(router, router.model_list[0]):
+        live._forget_price(key)
+    litellm.utils._invalidate_model_cost_lowercase_map()
+    return known and len(litellm.model_cost) == before and "z" not in litellm.utils._registered_pricing_fields()
+
+
 CONTRACTS: dict[str, Callable[[], bool]] = {
     f.__name__: f
     for f in (
@@ -202,6 +336,11 @@ CONTRACTS: dict[str, Callable[[], bool]] = {
         a_hash_is_kept_as_it_is, all_proxy_models_is_the_word_for_every_model, hub_download_can_be_turned_off,
         rust_is_off_for_what_is_open, offline_switches_are_still_read, importing_set_no_event_loop_policy,
         no_native_resolver, router_has_names_and_deployments, bundled_tokenizers_load,
+        the_tables_of_the_router_are_those_that_are_swapped, the_router_answers_from_its_tables,
+        a_router_that_is_discarded_leaves_no_callback, a_change_of_the_strategy_leaves_no_callback,
+        the_router_has_the_attributes_of_its_live_settings, litellm_reads_its_live_settings_at_each_request,
+        the_proxy_reads_its_live_general_settings_at_each_request, the_proxy_has_what_a_change_calls,
+        the_price_table_forgets_a_deployment,
         routing_strategies_are_those_we_name, router_settings_are_those_we_name,
         an_invalid_deployment_is_an_error_where_it_is_not_ignored, one_thread_after_the_import_of_the_proxy,
         a_configuration_can_be_loaded_from_memory,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves which changes of a configuration are taken live, that all others are named, and that the page says the same."""
+"""Proves which changes of a configuration are taken live, that all others are named, and that the page says so."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def test_general_settings_that_are_live(name: str) -> None:
 
 def test_what_is_unknown_or_removed_is_named() -> None:
     assert names("litellm_settings", callbacks=None) == ("litellm_settings.callbacks",)
-    assert names("litellm_settings", cache=True, something=1) == ("litellm_settings.cache", "litellm_settings.something")
+    two = ("litellm_settings.cache", "litellm_settings.something")
+    assert names("litellm_settings", cache=True, something=1) == two
     assert names("general_settings", pass_through_endpoints=[]) == ("general_settings.pass_through_endpoints",)
     assert names("environment_variables", X="1") == ("environment_variables",)
     assert options.needs_restart(BASE, {**BASE, "mcp_servers": {"a": {}}, "guardrails": []}) == (

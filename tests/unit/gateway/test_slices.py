@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,16 +37,24 @@ def test_reads_what_json_reads(value: Any, indent: int | None, ascii_: bool) -> 
     assert _loads(f" \n{text}\t ") == json.loads(text)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    ["", "{", "[", "{}x", "[] []", '{"a"}', '{"a":}', '{"a":1,}', "{1:2}", '{"a":[1 2]}', '{"list":[1,]}', '{"a" 1}']
-    + ["nul", '{"a":{"b":[1}}', '{"a":1 "b":2}', "{,}"],
-)
+BAD = [
+    "", "{", "[", "{}x", "[] []", '{"a"}', '{"a":}', '{"a":1,}', "{1:2}", '{"a":[1 2]}', '{"list":[1,]}', '{"a" 1}',
+    "nul", '{"a":{"b":[1}}', '{"a":1 "b":2}', "{,}",
+]  # fmt: skip
+
+
+def _refused(read: Callable[[str], Any], text: str) -> bool:
+    try:
+        read(text)
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_refuses_what_json_refuses(bad: str) -> None:
-    with pytest.raises(ValueError):
-        json.loads(bad)
-    with pytest.raises(ValueError):
-        _loads(bad)
+    assert _refused(json.loads, bad)
+    assert _refused(_loads, bad)
 
 
 def test_a_pause_comes_after_each_member_of_what_is_deep() -> None:
