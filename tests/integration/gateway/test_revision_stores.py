@@ -533,21 +533,21 @@ def test_a_drive_brings_what_was_signed_elsewhere(place: Place, tmp_path: Path, 
     for words in (("init", content), ("push", content, "--author", "alice", "-m", "signed at home")):
         done = home.command("config", *words)
         assert done.returncode == 0, done.stderr
-    words = ("config", "push", "--signed-from", str(drive), "--json")
+    take = ("config", "push", "--signed-from", str(drive), "--json")
     # The site has no secret key, and does not trust the home's key yet.
     (place.folder / "secrets/site_key").unlink()
-    refused_ = place.command(*words)
+    refused_ = place.command(*take)
     assert (refused_.returncode, json.loads(refused_.stdout)["problems"][0]["kind"]) == (20, "bad-signature")
     (place.folder / "site-keys/home.pub").write_bytes(home.key.public.to_bytes())
-    done = place.command(*words)
+    done = place.command(*take)
     assert done.returncode == 0, done.stderr
     assert (json.loads(done.stdout)["revision"], json.loads(done.stdout)["message"]) == (1, "signed at home")
-    assert json.loads(place.command(*words).stdout)["changed"] is False
+    assert json.loads(place.command(*take).stdout)["changed"] is False
     # What this site's own rules refuse is refused here, however well it is signed.
     config = home.folder / "content/config.yaml"
     config.write_text(config.read_text().replace("model:8081", "198.51.100.7:80"))
     assert home.command("config", "push", content, MOAT_EGRESS_ALLOW="198.51.100.7:80").returncode == 0
-    outside = place.command(*words)
+    outside = place.command(*take)
     assert (outside.returncode, json.loads(outside.stdout)["problems"][0]["kind"]) == (8, "endpoint-refused")
     assert json.loads(place.command("config", "status", "--json").stdout)["store"]["revision"] == 1
 
