@@ -43,6 +43,9 @@ _CONTAINERS: Final = tuple(
 _NEVER: Final = tuple(Path(p) for p in ("/proc", "/sys", "/dev"))
 #: Folder of the container for files of a folder that it has itself, as of /tmp.
 _ELSEWHERE: Final = "/host"
+#: Actions of ``config`` whose argument is a folder, and options that take no value before it.
+_TAKE_FOLDERS: Final = ("init", "validate", "push", "diff")
+_FLAGS: Final = ("--json", "--force", "--debug")
 
 Chown = Callable[[Path, int, int], None]
 
@@ -127,13 +130,18 @@ class Brought:
     def words(self, words: Sequence[str]) -> list[str]:
         """Return the words of the command as the container is to read them; what they name is copied.
 
-        Only words (or values of ``--option=value``) that begin with ``/`` or ``.`` can be paths.
+        Only words (or values of ``--option=value``) that begin with ``/`` or ``.`` can be paths, and plain names of
+        folders where a command of ``config`` takes a folder.
 
         Raises:
             GatewayFiles: a path is a link, holds too much, or would cover what the container needs.
             OSError: it cannot be read.
         """
-        split = [w.partition("=") if w.startswith("--") else ("", "", w) for w in words]
+        plain = _plain_folders(words)
+        split = [
+            w.partition("=") if w.startswith("--") else ("", "", f"./{w}" if i in plain else w)
+            for i, w in enumerate(words)
+        ]
         paths = {value: path for _, _, value in split if (path := _path(value)) is not None}
         # Folders first, and those above others before these: a file is then known to be in one of them.
         for path in sorted(set(paths.values()), key=lambda p: (not p.is_dir(), len(p.parts))):
@@ -241,6 +249,24 @@ def _path(word: str) -> Path | None:
         return None
     path = Path(word).absolute()  # not resolved: what a link leads to is not what was named
     return path.resolve() if ".." in path.parts else path
+
+
+def _plain_folders(words: Sequence[str]) -> set[int]:
+    """Return where a word without a slash names a folder: ``config push site`` means ``./site``.
+
+    Numbers are revisions (``config diff 3 4``), and a word behind an option may be its value.
+    """
+    if len(words) < 3 or words[0] != "config" or words[1] not in _TAKE_FOLDERS:
+        return set()
+    return {
+        i
+        for i, w in enumerate(words)
+        if i >= 2
+        and re.fullmatch(r"[A-Za-z0-9_][^/]*", w)
+        and not w.isdigit()
+        and not (words[i - 1].startswith("-") and "=" not in words[i - 1] and words[i - 1] not in _FLAGS)
+        and (Path(w).is_dir() or words[1] == "init")
+    }
 
 
 def _covered(folder: Path) -> list[Path]:

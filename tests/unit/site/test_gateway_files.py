@@ -85,6 +85,17 @@ def test_words_that_are_no_paths_stay_and_the_configuration_folder_is_there_anyw
     assert [p.name for p in mounts(brought)[str(host)].iterdir()] == ["config.yaml"]
 
 
+def test_a_plain_name_of_a_folder_is_a_path_where_config_takes_one(
+    host: Path, brought: Brought, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(host.parent)
+    (host.parent / "7").mkdir()
+    name = host.name
+    assert brought.words(["config", "push", "--json", name]) == ["config", "push", "--json", str(host)]
+    for words in (["config", "push", "-m", name], ["config", "diff", "7"], ["config", "rollback", name], ["ask", name]):
+        assert brought.words(words) == words
+
+
 def test_what_the_command_changed_or_made_is_brought_back_and_nothing_else(host: Path, brought: Brought) -> None:
     brought.words([str(host)])
     copy = mounts(brought)[str(host)]
