@@ -121,6 +121,22 @@ def entrance(
     return False, f"{answer.status} {data[:120].decode('utf-8', 'replace').strip()}"
 
 
+def configuration() -> Answer:
+    """Ask whether every gateway of the site serves the revision in force."""
+    argv = ["/usr/local/bin/moat-gateway", "config", "status", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    answer = json.loads(done.stdout)
+    if not answer.get("ok"):
+        return False, str(answer["problems"][0]["message"])
+    store, lags = answer["store"], [f"{x['name']}: {x['why']}" for x in answer["lagging"]]
+    if not store["reachable"]:
+        return False, f"the store does not answer: {store['why']}"
+    if not store["revision"]:
+        return True, "no revision yet: the gateways serve their local files"
+    served = f"revision {store['revision']} on {len(answer['gateways'])} gateways"
+    return bool(answer["converged"]), "; ".join(lags) or served
+
+
 def release(store: str) -> Answer:
     """Read which release this host runs, and whether its gateways run it too."""
     current = Path(store) / "current"
@@ -169,6 +185,8 @@ def main() -> None:
         ask(f"certificate at {one}", partial(certificate, one, host_port(one)[0], p["ca"], p["days"]))
     for one in p["gateways"]:
         ask(f"gateway {one}", partial(ready, one))
+    if p["gateways"]:
+        ask("configuration", configuration)
     if p["entrance"]:
         where, name = p["entrance"], p["server_name"] or host_port(p["entrance"])[0]
         ask(f"entrance, certificate of {name}", lambda: certificate(where, name, p["ca"], p["days"]))
