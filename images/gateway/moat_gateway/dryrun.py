@@ -139,7 +139,7 @@ class _Child:
         environment = {k: os.environ[k] for k in _INHERITED if k in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (package, environment.get("PYTHONPATH")) if p)
         # Each arena reserves 64 MiB of the address space that a run may use.
-        environment |= {**OFFLINE, "MALLOC_ARENA_MAX": "2"}
+        environment |= {**OFFLINE, "MALLOC_ARENA_MAX": "2", "PYTHONSAFEPATH": "1"}
         self.resident = 0
         self._ready = False
         ours, theirs = socket.socketpair()
