@@ -198,7 +198,7 @@ async def main(folder: Path) -> None:
     from litellm.types.router import Deployment
 
     router = proxy_server.llm_router
-    resolved = [
+    resolved: list[dict[str, Any]] = [
         {
             "model_name": f"m{i}",
             "litellm_params": {"model": f"openai/up-{i}", "api_base": "http://127.0.0.1:9/v1", "api_key": "k"},

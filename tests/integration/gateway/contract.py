@@ -209,9 +209,9 @@ def _small_router() -> Any:
 
 def the_tables_of_the_router_are_those_that_are_swapped() -> bool:
     """What a router with one more deployment holds in other attributes, and not in ours, would not be swapped."""
-    from moat_gateway.litellm_port import live
+    from moat_gateway.litellm_port import live, put
 
-    router, ours = _small_router(), {*live.TABLES, "pattern_router", "healthy_deployments"}
+    router, ours = _small_router(), {*put.TABLES, "pattern_router", "healthy_deployments"}
     before = {k: repr(v) for k, v in vars(router).items() if k not in ours}
     second = {"model": "openai/b", "api_base": "http://127.0.0.1:9", "api_key": "x"}
     staging = live._staging(router)
@@ -222,14 +222,14 @@ def the_tables_of_the_router_are_those_that_are_swapped() -> bool:
 
 
 def the_router_answers_from_its_tables() -> bool:
-    from moat_gateway.litellm_port import live
+    from moat_gateway.litellm_port import live, put
 
     router = _small_router()
     staging = live._staging(router)
     model = router.model_list[0]
     staging._add_model_to_list_and_index_map(model={**model, "model_name": "new"}, model_id=model["model_info"]["id"])
     staging.model_names = {"new"}
-    for name in (*live.TABLES, "pattern_router"):
+    for name in (*put.TABLES, "pattern_router"):
         setattr(router, name, getattr(staging, name))
     router._invalidate_model_group_info_cache()
     router._invalidate_access_groups_cache()
@@ -310,7 +310,7 @@ def the_proxy_has_what_a_change_calls() -> bool:
 def the_price_table_forgets_a_deployment() -> bool:
     import litellm
 
-    from moat_gateway.litellm_port import live
+    from moat_gateway.litellm_port import prices
 
     before = len(litellm.model_cost)
     entry = {
@@ -320,10 +320,8 @@ def the_price_table_forgets_a_deployment() -> bool:
     }
     router = litellm.Router(model_list=[entry])
     known = len(litellm.model_cost) > before
-    proxy = _proxy()
-    proxy.llm_router = router
-    for key in live._price_keys(router, router.model_list[0]):
-        live._forget_price(key)
+    for key in prices.keys_of(router, router.model_list[0]):
+        prices.forget(key)
     litellm.utils._invalidate_model_cost_lowercase_map()
     return known and len(litellm.model_cost) == before and "z" not in litellm.utils._registered_pricing_fields()
 

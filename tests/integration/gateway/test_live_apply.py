@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def test_what_litellm_does_not_accept_leaves_everything_as_it_was(live: Live) ->
             text = json.dumps(value)
         live.node.keeper.keep(made, text.encode())
         live.node.keeper.commit(made)
-        until("it is refused", lambda n=made.number: (live.config()["last_refused"] or {}).get("revision") == n)
+        until("it is refused", partial(_refused_here, live, made.number))
         assert live.config()["last_refused"]["kind"] == "litellm-refused"
         assert live.config()["revision"] == good
         assert live.gateway.status()["models"] == ["small"]
@@ -260,6 +261,10 @@ def test_what_litellm_does_not_accept_leaves_everything_as_it_was(live: Live) ->
         assert live.ask("small")[0] == 200
     live.put(models(live.base, "small", "new"), "more")
     assert live.ask("new", "more")[0] == 200
+
+
+def _refused_here(live: Live, number: int) -> bool:
+    return (live.config()["last_refused"] or {}).get("revision") == number
 
 
 def test_a_provider_key_is_swapped_under_load(live: Live, upstream: Upstream) -> None:
