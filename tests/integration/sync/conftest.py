@@ -26,9 +26,9 @@ def node(tmp_path: Path, python: Path) -> Node:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[Sidecar]:
-    """A running config-sync with a revision in force; the dry run may take two seconds."""
+    """A running config-sync with a revision in force; the dry run may take four seconds."""
     folder = tmp_path_factory.mktemp("shared")
-    node = Node(folder / "node", python, Drive(folder / "drive"), {"MOAT_DRY_RUN_TIMEOUT": "2"})
+    node = Node(folder / "node", python, Drive(folder / "drive"), {"MOAT_DRY_RUN_TIMEOUT": "4"})
     node.drive.push()
     with node.start() as sidecar:
         sidecar.wait_current(1)
