@@ -36,6 +36,7 @@ from moat_gateway.prepared import Prepared
 from moat_gateway.publish import Base, Published, Wanted
 from moat_gateway.revstore import Store
 from moat_gateway.settings import Settings
+from moat_gateway.sync.files import object_bytes, replace
 
 _WAIT, _WAIT_MAX = 30.0, 86400  # seconds
 _STORE = (
@@ -74,6 +75,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     )
     push.add_argument("--revision", type=int, metavar="N", help="its number, if the store is older than its nodes")
     push.add_argument("--force", action="store_true", help="a new revision even if the content is in force already")
+    push.add_argument("--record", type=Path, metavar="FILE", help="note its number and content there as JSON")
     push.set_defaults(usage_error=push.error)
     _publishing(push)
 
@@ -225,6 +227,14 @@ def _push(args: argparse.Namespace) -> int:
     return _publish(args, values, wanted, ready, store)
 
 
+def _note(path: Path, done: Published) -> None:
+    try:
+        replace(path, object_bytes({"revision": done.revision, "content": done.content}), durable=True)
+    except OSError as e:
+        # It is in force: this is no refusal.
+        say(f"moat-gateway: {path}: what was published is not noted: {e.strerror}")
+
+
 def _base(store: Store) -> Base | None:
     try:
         return publish.base(store)
@@ -286,6 +296,8 @@ def _published(
                 f"revision {done.revision} has this content already; nothing was changed (--force makes a new one)",
                 flush=True,
             )
+    if getattr(args, "record", None) is not None:
+        _note(args.record, done)
     value = {"ok": True, "exit": 0, **asdict(done), **summary, "where": store.describe(), "problems": []}
     if args.wait is None:
         return print_json(value) if args.json else 0

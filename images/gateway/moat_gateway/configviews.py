@@ -193,7 +193,7 @@ def history(args: argparse.Namespace) -> int:
         try:
             opened = revision.open_archive(store.get(entry.number), trusted, limit=limit)
         except (BadSignature, BadRevision) as e:
-            row["problem"] = e.one_line()
+            row["problem"] = f"{e.message}: {e.found}" if e.found else e.message
             chain = None if row["in_force"] else chain
         else:
             row |= {name: getattr(opened, name) for name in _OF_MANIFEST}

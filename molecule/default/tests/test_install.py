@@ -98,8 +98,9 @@ def test_no_secret_can_be_read_by_anyone_but_root_and_its_service(node) -> None:
 def test_no_user_of_the_host_comes_to_the_secrets_outside_of_its_service(node, user: str) -> None:
     """Not even the gateways' own user: the way leads through a folder of root's; the units have one of their own."""
     files = node.ok("find", "/etc/moat/secrets", "/etc/moat/site/secrets", "-type", "f").split()
+    group = node.ok("id", "--group", user).strip()
     for file in files:
-        done = node.run("setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "cat", file)
+        done = node.run("setpriv", f"--reuid={user}", f"--regid={group}", "--init-groups", "cat", file)
         assert (done.returncode, done.stdout) == (1, ""), file
         assert "Permission denied" in done.stderr
     # The control: root reads each.

@@ -34,7 +34,8 @@ def other_deployment() -> Iterator[str]:
 def test_the_demo_leaves_another_deployment_alone(other_deployment: str) -> None:
     with pytest.raises(DemoFailed) as refused:
         check_ours()
-    assert refused.value.found == "/opt/moat-of-somebody"
+    # A demo of another checkout may run on this machine as well, and is named then, too.
+    assert "/opt/moat-of-somebody" in refused.value.found.split(", ")
     with pytest.raises(DemoFailed, match="another deployment"):
         up(Console(quiet=True), https_port=8443, http_port=8080)
     with pytest.raises(DemoFailed, match="another deployment"):

@@ -596,10 +596,13 @@ def _unless_down(node: Driver) -> str:
 def test_a_push_that_waits_for_nobody_says_so(place: Place) -> None:
     folder = str(place.folder / "content")
     assert place.command("config", "init", folder).returncode == 0
-    done = place.command("config", "push", folder, "--wait", "1", "--json")
+    record = place.folder / "published.json"
+    done = place.command("config", "push", folder, "--wait", "1", "--json", "--record", str(record))
     assert done.returncode == 23, done.stderr
     value = json.loads(done.stdout)
     assert (value["ok"], value["revision"], value["converged"]) == (False, 1, False)
+    # It is in force all the same, and noted.
+    assert json.loads(record.read_text()) == {"revision": 1, "content": value["content"]}
     assert "no gateway reports" in value["problems"][0]["message"]
 
 

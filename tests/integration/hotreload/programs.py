@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -161,7 +162,19 @@ class Minio(Program):
 
     def start(self) -> None:
         super().start()
-        until("MinIO listens", 30, lambda: listening(self.port))
+        # It listens before it can serve, and answers 503 in between; `live` and `ready` say 200 all the time.
+        until("MinIO serves", 30, self.serves)
+
+    def serves(self) -> bool:
+        """Say whether it is past its start: this path answers 503 until its drives are open."""
+        call = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        try:
+            call.request("GET", "/minio/health/cluster")
+            return call.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            call.close()
 
 
 class Nginx:

@@ -28,7 +28,7 @@ Files = dict[str, str | bytes]
 def site() -> Iterator[Site]:
     made = Site()
     try:
-        made.node(gateways=1, MOAT_REVISION_MAX="4", MOAT_DRY_RUN_TIMEOUT="2", MOAT_RESTART_POLICY="report")
+        made.node(gateways=1, MOAT_REVISION_MAX="4", MOAT_DRY_RUN_TIMEOUT="5", MOAT_RESTART_POLICY="report")
         made.start(nginx=False)
         serve(made)
         yield made
@@ -105,7 +105,7 @@ def without(name: str) -> Callable[[Site, Files], None]:
 
 
 def endless(site: Site, files: Files) -> None:
-    files["config.yaml"] = content.config({f"many{i}": site.base("r0") for i in range(6000)})
+    files["config.yaml"] = content.config({f"many{i}": site.base("r0") for i in range(9000)})
 
 
 BOMB = "x-a: &a [z, z, z, z, z, z, z, z, z]\n" + "".join(

@@ -97,7 +97,8 @@ def test_one_of_400_deployments_and_then_all_are_changed_under_load(site: Site) 
             assert len(gateway.status()["models"]) == 400, step
             assert gateway.marker("many199", site.key) == marker, step
             assert gateway.marker("many200", site.key) == ("r0" if other else marker), step
-    traffic.stop().assert_whole()
+    # How many requests fit in depends on how fast the three steps went; that all kinds ran does not.
+    traffic.stop().assert_whole(at_least=5)
     traffic.assert_forward()
 
 

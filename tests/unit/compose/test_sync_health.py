@@ -54,14 +54,30 @@ def test_a_long_interval_is_allowed_for(tmp_path: Path) -> None:
     [
         (None, "is not there: config-sync has not begun"),
         ("", "cannot be read"), ("[]", "cannot be read"), ("{}", "KeyError"), ("{", "JSONDecodeError"),
-        (json.dumps(state(60)), "no answer of minio:9000 for "),
-        (json.dumps(state(-60)), "no answer of minio:9000"),
-        (json.dumps(state(1, boot_id="of an earlier start of the host")), "since the start"),
-        (json.dumps(state(1, checked_boottime=None)), "since the start"),
-        (json.dumps(state(60, source={"where": "minio:9000", "why": "refused\nby all"})), "(refused by all)"),
     ],
 )  # fmt: skip
-def test_everything_else_is_not(tmp_path: Path, content: str | None, words: str) -> None:
-    code, line = ask(tmp_path, content)
+def test_a_file_that_is_not_its_state_is_unhealthy(tmp_path: Path, content: str | None, words: str) -> None:
+    assert words in unhealthy(tmp_path, content)
+
+
+# The state is made in the test: its times are of the moment of asking, not of the collection a minute before.
+@pytest.mark.parametrize(
+    ("age", "changed", "words"),
+    [
+        (60, {}, "no answer of minio:9000 for "),
+        (-600, {}, "no answer of minio:9000"),
+        (1, {"boot_id": "of an earlier start of the host"}, "since the start"),
+        (1, {"checked_boottime": None}, "since the start"),
+        (60, {"source": {"where": "minio:9000", "why": "refused\nby all"}}, "(refused by all)"),
+    ],
+)
+def test_a_source_that_does_not_answer_is_unhealthy(
+    tmp_path: Path, age: float, changed: dict[str, Any], words: str
+) -> None:
+    assert words in unhealthy(tmp_path, json.dumps(state(age, **changed)))
+
+
+def unhealthy(folder: Path, content: str | None) -> str:
+    code, line = ask(folder, content)
     assert (code, line.startswith("unhealthy: ")) == (1, True)
-    assert words in line
+    return line
