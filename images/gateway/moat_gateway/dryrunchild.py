@@ -106,7 +106,12 @@ def _exactly(of: socket.socket, count: int, deadline: float | None) -> bytes:
 
 def main(fd: int) -> int:
     """Import LiteLLM, say so, and serve runs until the socket is closed."""
+    # A child that imports does not read from its socket, and would not notice for seconds that its parent was killed.
+    # (It is the end of the thread that started it which counts; those that do live as long as their process.)
+    _DIE_WITH_PARENT(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with socket.socket(fileno=fd) as parent:
+        if select.select([parent], [], [], 0)[0] and not parent.recv(1, socket.MSG_PEEK):
+            return 0  # it was killed before
         try:
             from moat_gateway.litellm_port import dryrun
 

@@ -28,8 +28,9 @@ class Answer:
     @property
     def usage(self) -> str:
         """One line for the operator."""
+        chunks = f"{self.chunks} chunk" if self.chunks == 1 else f"{self.chunks} chunks"
         return (
-            f"{self.prompt_tokens} + {self.completion_tokens} = {self.total_tokens} tokens, {self.chunks} chunks, "
+            f"{self.prompt_tokens} + {self.completion_tokens} = {self.total_tokens} tokens, {chunks}, "
             f"first after {self.first:.2f} s, all after {self.total:.2f} s"
         )
 

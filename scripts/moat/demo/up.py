@@ -238,6 +238,7 @@ Try it by hand (the key is read from a file, so that no process list shows it):
   curl -sN --cacert {short(DEPLOY / "tls/ca.pem")} -H @{short(CURL_HEADER)} -H 'content-type: application/json' \\
     https://localhost:{port}/v1/chat/completions -d '{body}'
 Look:    docker compose --project-directory {short(DEPLOY)} ps
+Change:  python3 {short(DEPLOY / "moat.pyz")} gateway --dir {short(DEPLOY)} config status     (then: docs/hot-reload.md)
 Bundle:  {short(BUNDLE)}
 Stop:    make demo-down
 """,

@@ -8,6 +8,7 @@ revoked, and rotated with an overlap; at last a change that LiteLLM cannot take 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,23 @@ def key8(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:8]
 
 
+def publish(site: Site, number: int, added: dict[str, str]) -> float:
+    """Publish a revision; return when (CLOCK_MONOTONIC).
+
+    Every third by the command, which imports LiteLLM for six seconds first, the others by what it does then: sign,
+    upload, move the pointer. With MOAT_LONG_TESTS=1 each by the command; the benchmark does it so as well.
+    """
+    if number % 3 == 0 or "MOAT_LONG_TESTS" in os.environ:
+        site.admin.write(f"r{number}", **added)
+        pushed = site.admin.push("--message", f"push {number}")
+        assert pushed.revision == number
+        return pushed.at
+    made, at = site.hand.put({"config.yaml": site.config(f"r{number}", **added), "keys.yaml": site.keys()})
+    assert made == number
+    time.sleep(1.5)  # some traffic for each revision
+    return at
+
+
 def until_refused(gateway: Gateway, key: str) -> None:
     until(f"{gateway.name} refuses the key", 30, lambda: gateway.ask("m0", key).status == 401)
 
@@ -54,18 +72,16 @@ def test_twenty_pushes_under_load_reach_every_gateway_and_nothing_fails(
             # Each push leads all models elsewhere; every second one adds a model, too.
             if number % 2 == 0:
                 added[f"x{number}"] = site.base(f"r{number}")
-            site.admin.write(f"r{number}", **added)
-            pushed = site.admin.push("--message", f"push {number}")
-            assert pushed.revision == number
-            took.append(max(0.0, watch.wait(number) - pushed.at))
-            slower = busy.since(pushed.at)
+            at = publish(site, number, added)
+            took.append(max(0.0, watch.wait(number) - at))
+            slower = busy.since(at)
             if took[-1] > WITHIN * slower:
                 late.append(f"{number}: {took[-1]:.2f} s, this machine was {slower:.1f} times slower than alone")
             if number % 2 == 0:
                 assert [g.marker(f"x{number}", site.key) for g in site.gateways] == [f"r{number}"] * 3
     traffic.stop()
     with capsys.disabled():
-        print("\n" + table({"push returned -> all three gateways serve": took}))
+        print("\n" + table({"published -> all three gateways serve": took}))
     traffic.assert_whole(at_least=50)
     traffic.assert_forward()
     assert late == []
