@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
 import threading
 import time
@@ -24,7 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT / "images/gateway"))
 
 from tests.integration.hotreload.site import INTERVAL, Site  # noqa: E402
-from tests.integration.hotreload.traffic import Busy, Watch  # noqa: E402
+from tests.integration.hotreload.traffic import Busy, Watch, figures  # noqa: E402
 
 BY_HAND = 40
 BY_COMMAND = 20
@@ -36,10 +34,8 @@ def _say(**record: object) -> None:
 
 
 def _figures(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    p95 = ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
-    named = {"p50": statistics.median(ordered), "p95": p95, "max": ordered[-1]}
-    return {"n": len(ordered), **{k: round(v, 3) for k, v in named.items()}}
+    named = dict(zip(("p50", "p95", "max"), figures(values), strict=True))
+    return {"n": len(values), **{k: round(v, 3) for k, v in named.items()}}
 
 
 class Accepted:

@@ -24,6 +24,7 @@ import yaml
 from moat_gateway import keys
 from moat_gateway.errors import BadKeys
 from moat_gateway.keys import KeySet
+from moat_gateway.sync.files import sync_folder
 
 _EMPTY = "# Teams and client keys of the gateway; secrets are not in here, only their sha256.\nteams: []\nkeys: []\n"
 _NEW_FILE_MODE = 0o640
@@ -256,11 +257,7 @@ def _replace(path: Path, content: bytes) -> None:
             with suppress(FileNotFoundError):
                 Path(temporary).unlink()
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as e:
         raise BadKeys(
             "cannot be written",

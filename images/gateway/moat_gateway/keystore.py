@@ -15,8 +15,8 @@ from moat_gateway import keys
 from moat_gateway.errors import BadKeys
 from moat_gateway.keys import Identity, KeySet, Verdict
 from moat_gateway.logs import Log
-from moat_gateway.secretfiles import Stamp
-from moat_gateway.secretfiles import stamp as _stamp
+from moat_gateway.sync.files import Stamp
+from moat_gateway.sync.files import stamp as _stamp
 
 
 class KeyStore:

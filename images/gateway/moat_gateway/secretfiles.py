@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moat_gateway.errors import BadMasterKey, GatewayError, UnreadableSecret
+from moat_gateway.sync.files import Stamp, stamp
 
 MASTER_KEY_MIN = 32  # characters
 _MAX_BYTES = 64 << 10
@@ -127,18 +128,6 @@ def read_master_key(path: Path) -> str:
             path=str(path),
         )
     return key
-
-
-Stamp = tuple[int, int, int, int]
-
-
-def stamp(path: Path) -> Stamp | None:
-    """Return what changes whenever a file is replaced, written or swapped behind a link, or ``None``."""
-    try:
-        s = path.stat()
-    except OSError:
-        return None
-    return s.st_mtime_ns, s.st_ino, s.st_size, s.st_ctime_ns
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,16 @@ class Busy:
         return max(1.0, statistics.fmean(factors)) if factors else 1.0
 
 
+def figures(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return p50, p95 (the smallest value that 95 % do not exceed) and the largest."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1], ordered[-1]
+
+
 def table(rows: Mapping[str, Sequence[float]]) -> str:
     """Return p50, p95 and the longest of measured seconds, a line each."""
     lines = [f"{'seconds':<50} {'n':>4} {'p50':>7} {'p95':>7} {'max':>7}"]
     for name, values in rows.items():
-        ordered = sorted(values)
-        p95 = ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
-        lines.append(f"{name:<50} {len(ordered):>4} {statistics.median(ordered):>7.3f} {p95:>7.3f} {ordered[-1]:>7.3f}")
+        p50, p95, longest = figures(values)
+        lines.append(f"{name:<50} {len(values):>4} {p50:>7.3f} {p95:>7.3f} {longest:>7.3f}")
     return "\n".join(lines)

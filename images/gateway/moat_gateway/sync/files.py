@@ -51,7 +51,7 @@ def timestamp() -> str:
 
 
 def stamp(path: Path) -> Stamp | None:
-    """Return what changes whenever the file is replaced or written, or ``None`` if it is not there."""
+    """Return what changes whenever a file is replaced, written or swapped behind a link, or ``None``."""
     try:
         s = path.stat()
     except OSError:
