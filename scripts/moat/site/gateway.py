@@ -137,6 +137,16 @@ class Brought:
             GatewayFiles: a path is a link, holds too much, or would cover what the container needs.
             OSError: it cannot be read.
         """
+        for word in (words[i] for i in _folders(words) if words[1] != "init"):
+            # Said here: the command would name the place of the container where it looked.
+            if (named := _path(word)) is not None and not os.path.lexists(named):
+                raise GatewayFiles(
+                    f"{named} is not there",
+                    found="no such folder",
+                    expected="a folder with config.yaml and keys.yaml",
+                    hint="correct the path, or make one: moat gateway config init DIR",
+                    path=str(named),
+                )
         plain = _plain_folders(words)
         split = [
             w.partition("=") if w.startswith("--") else ("", "", f"./{w}" if i in plain else w)
@@ -251,8 +261,8 @@ def _path(word: str) -> Path | None:
     return path.resolve() if ".." in path.parts else path
 
 
-def _plain_folders(words: Sequence[str]) -> set[int]:
-    """Return where a word without a slash names a folder: ``config push site`` means ``./site``.
+def _folders(words: Sequence[str]) -> set[int]:
+    """Return where a command of ``config`` is given a folder.
 
     Numbers are revisions (``config diff 3 4``), and a word behind an option may be its value.
     """
@@ -262,10 +272,18 @@ def _plain_folders(words: Sequence[str]) -> set[int]:
         i
         for i, w in enumerate(words)
         if i >= 2
-        and re.fullmatch(r"[A-Za-z0-9_][^/]*", w)
+        and not w.startswith("-")
         and not w.isdigit()
         and not (words[i - 1].startswith("-") and "=" not in words[i - 1] and words[i - 1] not in _FLAGS)
-        and (Path(w).is_dir() or words[1] == "init")
+    }
+
+
+def _plain_folders(words: Sequence[str]) -> set[int]:
+    """Return where a word without a slash names a folder: ``config push site`` means ``./site``."""
+    return {
+        i
+        for i in _folders(words)
+        if re.fullmatch(r"[A-Za-z0-9_][^/]*", words[i]) and (Path(words[i]).is_dir() or words[1] == "init")
     }
 
 

@@ -96,6 +96,14 @@ def test_a_plain_name_of_a_folder_is_a_path_where_config_takes_one(
         assert brought.words(words) == words
 
 
+def test_a_folder_that_is_not_there_is_named_as_it_was_typed(host: Path, brought: Brought) -> None:
+    for action in ("validate", "push", "diff"):
+        with pytest.raises(GatewayFiles, match=f"{host}/typo is not there"):
+            brought.words(["config", action, "--json", f"{host}/typo"])
+    for words in (["config", "init", f"{host}/new"], ["config", "push", "-m", f"{host}/said", str(host)]):
+        assert brought.words(words) == words
+
+
 def test_what_the_command_changed_or_made_is_brought_back_and_nothing_else(host: Path, brought: Brought) -> None:
     brought.words([str(host)])
     copy = mounts(brought)[str(host)]
