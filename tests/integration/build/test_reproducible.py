@@ -3,7 +3,7 @@
 
 The second build starts from an empty cache of built things, in another folder, with another umask, time zone, locale
 and home. Only the downloads are shared, and MinIO's program, whose second compilation takes minutes: it is part of this
-with ``MOAT_TEST_FULL=1``.
+with ``MOAT_LONG_TESTS=1``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.integration.build.building import ROOT, moat_build
 from moat.build.cache import Cache
 
 PARTS = ("scripts", "images", "bundles", "ansible", "compose", "docs", "LICENSE", "pyproject.toml")
-FULL = os.environ.get("MOAT_TEST_FULL") == "1"
+FULL = "MOAT_LONG_TESTS" in os.environ
 
 
 def copy_checkout(source: Path, target: Path) -> Path:
