@@ -57,11 +57,11 @@ NOT_CONVERGED = 23
 
 
 def content_of(folder: Path) -> str:
-    """Return the digest of a configuration as revisions name it: of the lines with each file's digest and path."""
+    """Return the digest of a configuration as revisions name it: of the sorted lines `digest  path` of its files."""
     names = ["config.yaml", "keys.yaml"]
     names += [p.relative_to(folder).as_posix() for p in folder.glob("routers/**/*") if p.is_file()]
-    files = sorted((name, hashlib.sha256((folder / name).read_bytes()).hexdigest()) for name in names)
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in files).encode()).hexdigest()
+    lines = sorted(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def settings(path: Path) -> dict[str, str]:
