@@ -90,7 +90,7 @@ class PublicKey:
 
     @property
     def id_text(self) -> str:
-        """The id as minisign prints it, e.g. ``2AA9EE771B97D847``."""
+        """The id in 16 digits, e.g. ``2AA9EE771B97D847``; minisign itself leaves leading zeros out."""
         return _id_text(self.key_id)
 
     def to_string(self) -> str:
@@ -98,7 +98,7 @@ class PublicKey:
         return base64.b64encode(_LEGACY + self.key_id + self.key).decode("ascii")
 
     def to_bytes(self) -> bytes:
-        """Return the public key file, byte for byte as minisign writes it."""
+        """Return the public key file as minisign writes it, with the id in all its digits."""
         return f"{_UNTRUSTED}minisign public key {self.id_text}\n{self.to_string()}\n".encode()
 
 

@@ -8,6 +8,7 @@ served may quote a prompt: from then on only *where* it spoke is logged, with th
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import logging
@@ -185,6 +186,8 @@ def capture_everything(level: str) -> Log:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    # No core is kept of these processes: functions and line numbers are all that a crash of native code can leave.
+    faulthandler.enable(2)
     private = os.dup(1)
     os.set_inheritable(private, False)
     os.dup2(2, 1)

@@ -55,7 +55,7 @@ class PublicKey:
 
     @property
     def key_id(self) -> str:
-        """The id as minisign prints it: 16 hex digits."""
+        """The id in 16 hex digits (minisign itself leaves leading zeros out)."""
         return f"{int.from_bytes(self.raw_id, 'little'):016X}"
 
     @property

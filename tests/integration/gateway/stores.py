@@ -79,7 +79,9 @@ class Backend:
         argv += ["-master.volumeSizeLimitMB=64", "-volume.max=1000"]
         names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         argv += [f"-{name}={port()}" for name in (*names, "s3.port.grpc")]
-        return Program("weed", argv, {"PATH": os.environ["PATH"], "HOME": str(self.folder)}, self.folder)
+        # Its own log files and sockets go there, too.
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "TMPDIR": str(self.folder)}
+        return Program("weed", argv, environment, self.folder)
 
     def start(self) -> None:
         if self.program is not None:

@@ -165,10 +165,11 @@ class Node:
         lines = [f"{self.name}: accepted {self.accepted()}, reported {self.reported()}, {self.sync_state()}"]
         lines.append(self.sidecar.tail(1500))
         for gateway in self.gateways:
-            try:
-                lines.append(f"{gateway.name}: {gateway.status()}")
-            except (OSError, ValueError) as e:
-                lines.append(f"{gateway.name}: {type(e).__name__}")
             quiet = [x for x in gateway.text().splitlines() if "request.finished" not in x]
-            lines += quiet[-6:]
+            try:
+                lines += [f"{gateway.name}: {gateway.status()}", *quiet[-6:]]
+            except (OSError, ValueError) as e:
+                ended = gateway.process.poll() if gateway.process is not None else "not started"
+                # A crash of native code leaves the functions of all threads.
+                lines += [f"{gateway.name}: {type(e).__name__}, exit code {ended}", *quiet[-80:]]
         return "\n".join(lines)

@@ -156,6 +156,17 @@ def test_the_dry_runs_process_ends_with_a_killed_sidecar(node: Node) -> None:
         until("the end of the dry run's process", lambda: not any(Path(f"/proc/{p}/exe").exists() for p in pids))
 
 
+def test_a_crash_of_native_code_leaves_where_it_was_and_no_values(node: Node) -> None:
+    with node.start() as sidecar:
+        pids = children(sidecar)
+        sidecar.process.send_signal(signal.SIGSEGV)
+        assert sidecar.process.wait(10) == -signal.SIGSEGV
+        assert "Fatal Python error: Segmentation fault" in sidecar.output
+        assert "manager.py" in sidecar.output
+        assert "canary-4711" not in sidecar.output
+        until("the end of the dry run's process", lambda: not any(Path(f"/proc/{p}/exe").exists() for p in pids))
+
+
 def test_a_dead_dry_run_is_started_again(node: Node) -> None:
     node.drive.push()
     with node.start() as sidecar:
