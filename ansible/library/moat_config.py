@@ -3,8 +3,9 @@
 """Ansible module ``moat_config``: put a site's configuration in force on a node, or refuse it and leave the old one.
 
 The files are written into a staging folder and checked there by the very program that will read them
-(``moat-gateway check``). What it refuses is never put in place; its messages name the operator's file and line. What it
-accepts replaces the live files one by one by rename, and is kept as a numbered version.
+(``moat-gateway check``; files that differ from the live ones also by ``config validate``, which has LiteLLM build its
+router). What it refuses is never put in place; its messages name the operator's file and line. What it accepts replaces
+the live files one by one by rename, and is kept as a numbered version.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ options:
   keep: {description: How many versions., type: int, default: 10}
   secrets: {description: Folder of the gateway's secrets., type: path, default: /etc/moat/secrets/gateway}
   group: {description: Group that may read the live files., type: str, default: moat-gateway}
+  dry_run_timeout: {description: Seconds in which LiteLLM must have built its router., type: float, default: 10}
+  dry_run_memory: {description: MiB that it may take for that., type: int, default: 512}
 author: [The Moat project]
 """
 
@@ -93,8 +96,8 @@ def asked(p: Mapping[str, Any], environ: Mapping[str, str], *words: str) -> dict
         raise Refused(f"{p['program']} cannot check the configuration: {e}. Do: run the role gateway first") from e
 
 
-def check(p: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return the problems of the staged configuration."""
+def check(p: Mapping[str, Any], folder: Path, *, changed: bool) -> list[dict[str, Any]]:
+    """Return the problems of the staged configuration; what ``changed`` is also built once, which takes seconds."""
     files = {
         "MOAT_SETTINGS_FILE": str(folder / "gateway.yaml"),
         "MOAT_CONFIG": str(folder / "config.yaml"),
@@ -118,6 +121,10 @@ def check(p: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
                 "hint": "list the servers in moat_egress_allow of vars.yml; the packet filter reads it too",
             }
         )  # fmt: skip
+    if changed and not problems:
+        limits = {"MOAT_DRY_RUN_TIMEOUT": f"{p['dry_run_timeout']:g}", "MOAT_DRY_RUN_MEMORY": str(p["dry_run_memory"])}
+        answer = asked(p, {**known, **files, **limits}, "config", "validate", str(folder))
+        problems = [{**x, "path": str(folder / x["file"])} for x in answer["problems"]]
     return problems
 
 
@@ -211,6 +218,8 @@ def main() -> None:
             "keep": {"type": "int", "default": 10},
             "secrets": {"type": "path", "default": "/etc/moat/secrets/gateway", "no_log": False},
             "group": {"type": "str", "default": "moat-gateway"},
+            "dry_run_timeout": {"type": "float", "default": 10},
+            "dry_run_memory": {"type": "int", "default": 512},
         },
         supports_check_mode=True,
     )
@@ -219,11 +228,11 @@ def main() -> None:
         module.exit_json(changed=True, ready=True, problem="", replaced=list(NAMES), reloaded=[])
     try:
         folder = staged(p)
+        gid = grp.getgrnam(p["group"]).gr_gid
         try:
-            problems = check(p, folder)
+            problems = check(p, folder, changed=bool(replace(p, gid, dry=True)))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        gid = grp.getgrnam(p["group"]).gr_gid
         unset = [x for x in problems if x["kind"] == "no-models"]
         serving = (Path(p["path"]) / "config.yaml").exists()
         if problems and (len(unset) < len(problems) or serving):

@@ -107,6 +107,23 @@ def test_a_new_model_answers_after_a_push_and_no_process_is_another(node, client
     assert pids(node) == before
 
 
+def test_what_only_litellm_refuses_changes_neither_the_store_nor_a_nodes_own_copy(node, before: list[int]) -> None:
+    was, copy = node.revision(), node.ok("cat", "/etc/moat/config/config.yaml")
+    right = node.ok("cat", CONFIG)
+    edit(node, lambda c: c.update(router_settings={"routing_strategy": "fastest-first"}))
+    try:
+        done = node.run("moat-site", "config")
+        assert done.returncode != 0
+        assert "The configuration was refused; the one before it stays in force" in done.stdout
+        assert f"{CONFIG} line " in done.stdout
+        assert "fastest-first" in done.stdout
+        assert node.ok("cat", "/etc/moat/config/config.yaml") == copy
+        assert node.revision() == was
+    finally:
+        node.ok("sh", "-c", f"cat >{CONFIG}", stdin=right)
+    assert pids(node) == before
+
+
 def test_the_same_folder_again_makes_no_revision(node, before: list[int]) -> None:
     was = node.revision()
     assert "nothing was changed" in node.ok("moat-site", "config", "push", "--wait=120")
