@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moat_gateway.configrules import MASTER_KEY_NAME, REFERENCE
-from moat_gateway.litellm_port.start import names_otel
+from moat_gateway.litellm_port.start import names_otel, uncollected
 
 #: LiteLLM looks for Python modules beside its file; here is nothing.
 _NO_FILE = "/nonexistent/config.yaml"
@@ -35,7 +35,8 @@ class BadDeployment(Exception):
 
 def import_proxy() -> None:
     """Import what :func:`load` needs; it takes seconds."""
-    from litellm.proxy import proxy_server
+    with uncollected():
+        from litellm.proxy import proxy_server
 
     _ = proxy_server.ProxyConfig
 

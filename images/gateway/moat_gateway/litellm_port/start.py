@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +107,19 @@ def version() -> str:
         return ""
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import without looking for garbage meanwhile: that takes a third of the time and finds next to nothing.
+
+    Whoever imports collects once afterwards.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def import_app() -> ASGIApp:
     """Import LiteLLM and return its ASGI application.
 
@@ -112,7 +127,8 @@ def import_app() -> ASGIApp:
         LiteLLMRefused: it is not installed, or cannot be imported.
     """
     try:
-        from litellm.proxy.proxy_server import app
+        with uncollected():
+            from litellm.proxy.proxy_server import app
     except ImportError as e:
         raise LiteLLMRefused(
             "LiteLLM cannot be imported",
