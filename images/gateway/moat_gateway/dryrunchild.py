@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moat_gateway import garbage
 from moat_gateway.errors import GatewayError
 
 MAX_MESSAGE = 256 << 20  # bytes
@@ -120,6 +121,7 @@ def main(fd: int) -> int:
             send(parent, _answer(False, found=one_line(e, ())))
             return 1
         gc.collect()
+        garbage.hold()  # in its forks; they are short
         gc.freeze()  # so that a collection in a fork does not copy every page
         send(parent, _answer(True, resident=_memory("VmRSS")))
         while True:

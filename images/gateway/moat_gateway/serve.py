@@ -18,7 +18,7 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from moat_gateway import __version__, app, hardening, litellm_port, preflight
+from moat_gateway import __version__, app, garbage, hardening, litellm_port, preflight
 from moat_gateway.admin import admin_app, open_socket
 from moat_gateway.allowlist import as_address
 from moat_gateway.egress import EgressGuard
@@ -43,6 +43,7 @@ _TURN = "turn"
 def serve(settings: Settings, unknown: tuple[str, ...]) -> int:
     """Run the gateway until SIGTERM, SIGINT or its turn to restart; return its exit code."""
     hardening.forbid_core_dumps()
+    garbage.hold()
     begun = time.monotonic() - _age_of_process()
     stderr = os.fdopen(os.dup(2), "w", buffering=1)
     log = capture_everything(settings.log_level)
@@ -248,6 +249,7 @@ class _Process:
             asyncio.create_task(self._serve_public(public, public_socket)),
         ]
         side = [
+            asyncio.create_task(garbage.run()),
             asyncio.create_task(self._state.keys.poll(self._settings.keys_poll)),
             asyncio.create_task(self._follow(live, reloader)),
         ]

@@ -113,11 +113,13 @@ def uncollected() -> Iterator[None]:
 
     Whoever imports collects once afterwards.
     """
+    was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was:
+            gc.enable()
 
 
 def import_app() -> ASGIApp:
