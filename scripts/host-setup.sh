@@ -117,7 +117,7 @@ if ! tools_up; then
     fi
     rm -rf "$here/.venv"
     "$uv_home/bin/uv" venv --quiet --no-python-downloads --python /usr/bin/python3 "$here/.venv"
-    "$uv_home/bin/uv" pip install --quiet --python "$here/.venv/bin/python" --only-binary :all: --require-hashes \
+    "$uv_home/bin/uv" pip install --quiet --compile-bytecode --python "$here/.venv/bin/python" --only-binary :all: --require-hashes \
         -r "$here/bundles/locks/tools.txt"
     "$uv_home/bin/uv" pip install --quiet --python "$here/.venv/bin/python" --no-deps --no-build-isolation -e "$here"
     printf '%s\n' "$tools_key" >"$here/.venv/moat-tools"

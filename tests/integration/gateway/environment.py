@@ -25,6 +25,13 @@ from moat.build.fetch import fetch
 from moat.build.locks import LOCKS, LockedFile, Locks, Target, read_lock, read_locked_at
 from moat.console import Console
 
+#: As in the images and at a site: else each of some hundred processes would compile LiteLLM anew, for ten seconds.
+_COMPILE = (
+    "import compileall, py_compile, sys;"
+    "compileall.compile_dir(sys.argv[1], quiet=2, workers=0, stripdir=sys.argv[1], prependdir=sys.argv[2],"
+    " invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)"
+)
+
 
 def gateway_python() -> Path:
     """Return the interpreter of the environment; make the environment if it is not there."""
@@ -33,7 +40,8 @@ def gateway_python() -> Path:
         return Path(named)
     cache = Cache()
     wheels = _wheels_for_this_python()
-    key = hashlib.sha256("".join(w.to_line() for w in wheels).encode() + sys.version.encode()).hexdigest()[:16]
+    made_of = "".join(w.to_line() for w in wheels) + sys.version + _COMPILE
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     place = cache.root / "venv" / f"gateway-{key}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / "gateway.lock").open("w") as lock:
@@ -74,6 +82,7 @@ def _make(place: Path, wheels: tuple[LockedFile, ...], cache: Cache) -> None:
         _run([str(uv), "venv", "--quiet", "--offline", "--python", sys.executable, str(half)])
         python = str(half / "bin" / "python")
         _run([str(uv), "pip", "install", "--quiet", "--offline", "--no-index", "--no-deps", "--python", python, *files])
+        _run([python, "-I", "-c", _COMPILE, str(half / "lib"), str(place / "lib")])
         half.rename(place)
 
 
