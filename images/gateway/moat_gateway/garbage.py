@@ -3,8 +3,9 @@
 
 CPython before 3.12 collects wherever an object is allocated, also inside ``ContextVar.set``. A finaliser that runs
 there and sets a context variable itself frees the tree that is being copied: the process dies of SIGSEGV, or gets a
-``MemoryError`` out of nowhere (python/cpython#148891; LiteLLM sets some variables at each request). From 3.12 on the
-interpreter collects between two instructions only, and nothing here changes it.
+``MemoryError`` out of nowhere (python/cpython#148891). LiteLLM sets several at each request, and the finaliser of its
+streams (``CustomStreamWrapper.__del__``) sets two. From 3.12 on the interpreter collects between two instructions only,
+and nothing here changes it.
 """
 
 from __future__ import annotations
