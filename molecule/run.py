@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moat.console import Console
-from moat.demo.places import BUNDLE, HOME, KEYS, ROOT
-from moat.demo.steps import Steps
+from moat.demo.places import BUNDLE, HOME, KEYS, PROFILE, ROOT, TARGET
+from moat.demo.steps import CUT, Steps, moat
 from moat.demo.up import build
 from moat.errors import MoatError
 
 #: In the order in which they are begun: the long ones first, and `default` before `upgrade`, which goes on from it.
-SCENARIOS = ("default", "hostile", "multinode", "upgrade", "alternative")
+SCENARIOS = ("default", "hostile", "multinode", "upgrade", "alternative", "debian12")
 STATE = ROOT / ".moat" / "molecule"
 #: The host that `default` has installed, as the image that `upgrade` starts from.
 SNAPSHOT = "moat-testhost:installed"
@@ -81,6 +81,27 @@ def releases(log: Path | None) -> dict[str, str]:
     return found
 
 
+def debian12(log: Path | None) -> dict[str, str]:
+    """Fetch and build the bundle of the second target.
+
+    Returns:
+        The variable that names it; empty where a step failed.
+    """
+    target, out = "debian12-amd64", STATE / "debian12-bundle"
+    fetch = moat("fetch", "--profile", PROFILE, "--target", target, "--relock-vanished")
+    build_it = moat("build", "--profile", PROFILE, "--target", target, "-o", str(out), "--key", str(KEYS / "moat.key"))
+    for argv in (fetch, [*CUT, *build_it]):
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = f"{' '.join(argv)} failed:\n{done.stderr}"
+            if log is not None:
+                log.write_text(said, "utf-8")
+            else:
+                print(said[-4000:], file=sys.stderr)
+            return {}
+    return {"MOAT_TEST_MEDIUM": str(out / BUNDLE.name.replace(TARGET, target))}
+
+
 def scenario(name: str, *, env: dict[str, str], keep: bool, log: Path | None, after: Future[Result] | None) -> Result:
     """Run one scenario; ``after`` is waited for first."""
     if after is not None:
@@ -94,6 +115,11 @@ def scenario(name: str, *, env: dict[str, str], keep: bool, log: Path | None, af
         env |= releases(log)
         if "MOAT_TEST_NEXT" not in env or "MOAT_TEST_BROKEN" not in env:
             return Result(name, False, time.monotonic() - started, log)
+    if name == "debian12":
+        other = debian12(log)
+        if not other:
+            return Result(name, False, time.monotonic() - started, log)
+        env |= other
     base = ["molecule", "--base-config", str(ROOT / "molecule" / "base.yml")]
     commands = [[*base, "test", "--scenario-name", name, "--no-command-borders", "--destroy", "always"]]
     if keep:  # "never" leaves out the destroy at the start too

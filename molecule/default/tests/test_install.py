@@ -7,19 +7,24 @@ Units, sockets, users, permissions, secrets, the packet filter, and a real model
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
 
+#: The scenario debian12 runs these tests, too; Debian 12 has no Valkey.
+DEBIAN12 = os.environ["MOLECULE_SCENARIO_NAME"] == "debian12"
+COUNTERS = "redis-server.service" if DEBIAN12 else "valkey-server.service"
+COUNTERS_USER = "redis" if DEBIAN12 else "valkey"
 GATEWAYS = ("moat-gateway@1.service", "moat-gateway@2.service")
 SYNC = "moat-config-sync.service"
-UNITS = (*GATEWAYS, SYNC, "minio.service", "valkey-server.service", "nginx.service", "moat-no-egress.service")
+UNITS = (*GATEWAYS, SYNC, "minio.service", COUNTERS, "nginx.service", "moat-no-egress.service")
 USERS = {
     GATEWAYS[0]: "moat-gateway",
     GATEWAYS[1]: "moat-gateway",
     SYNC: "moat-gateway",
     "minio.service": "moat-minio",
-    "valkey-server.service": "valkey",
+    COUNTERS: COUNTERS_USER,
 }
 
 
@@ -94,7 +99,7 @@ def test_no_secret_can_be_read_by_anyone_but_root_and_its_service(node) -> None:
     assert len(secrets) >= 4, "there is nothing to protect: the check is looking in the wrong place"
 
 
-@pytest.mark.parametrize("user", ["moat-gateway", "moat-minio", "www-data", "valkey", "nobody"])
+@pytest.mark.parametrize("user", ["moat-gateway", "moat-minio", "www-data", COUNTERS_USER, "nobody"])
 def test_no_user_of_the_host_comes_to_the_secrets_outside_of_its_service(node, user: str) -> None:
     """Not even the gateways' own user: the way leads through a folder of root's; the units have one of their own."""
     files = node.ok("find", "/etc/moat/secrets", "/etc/moat/site/secrets", "-type", "f").split()
@@ -125,7 +130,7 @@ def test_no_secret_shows_in_a_process_list_an_environment_or_a_log(node) -> None
     values = [line for v in values for line in v.splitlines() if not line.startswith("untrusted comment:")]
     places = {
         "command lines": "cat /proc/[0-9]*/cmdline | tr '\\0' ' '",
-        "environments of the services": "for u in moat-gateway@1 moat-config-sync minio valkey-server nginx; do "
+        "environments of the services": f"for u in moat-gateway@1 moat-config-sync minio {COUNTERS} nginx; do "
         "cat /proc/$(systemctl show --property=MainPID --value $u)/environ; done | tr '\\0' '\\n'",
         "journal": "journalctl --no-pager --output=cat",
         "logs": "find /var/log -type f ! -name '*.journal' -exec cat {} +",
@@ -140,7 +145,7 @@ def test_no_secret_shows_in_a_process_list_an_environment_or_a_log(node) -> None
 
 
 def test_credentials_are_given_to_the_service_alone(node) -> None:
-    for unit in ("minio.service", "valkey-server.service"):
+    for unit in ("minio.service", COUNTERS):
         user, folder = USERS[unit], f"/run/credentials/{unit}"
         listing = node.ok("find", folder, "-type", "f", "-printf", "%m %u %f\\n").splitlines()
         assert listing, f"{unit} was given no credential"
