@@ -40,7 +40,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     rotate.add_argument("--out", type=Path, metavar="FILE", help="write the secret there (mode 0600) instead of stdout")
     listing = actions.add_parser("list", parents=[shared], help="list teams and keys")
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    revoke = actions.add_parser("revoke", parents=[shared], help="remove a key")
+    revoke = actions.add_parser(
+        "revoke", parents=[shared], help="remove a key, and the old secrets that `keys rotate` left of it"
+    )
     revoke.add_argument("id", metavar="ID")
 
 
@@ -52,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "rotate":
         return _rotate(args, path)
     if args.action == "revoke":
-        keyfile.revoke(path, args.id)
-        say(f"{args.id} is revoked in {path}: with the next push, or within a second where gateways read this file")
+        old = keyfile.revoke(path, args.id)
+        too = f", together with {', '.join(old)}" if old else ""
+        say(f"{args.id} is revoked in {path}{too}: with the next push, or within a second where this file is read")
         return 0
     now = keys.read(path)
     if args.json:

@@ -172,20 +172,31 @@ def rotate(
     return Rotated(secret, old_id, ends)
 
 
-def revoke(path: Path, key_id: str) -> None:
-    """Remove a key.
+def revoke(path: Path, key_id: str) -> tuple[str, ...]:
+    """Remove a key, and the old secrets of it that :func:`rotate` left: whoever revokes a key wants none to count.
+
+    Returns:
+        The ids of those old secrets.
 
     Raises:
         BadKeys: the file is bad, or has no such key.
     """
+    # `.old` again: an old secret can have been rotated itself.
+    leftover = re.compile(re.escape(key_id[:_ID_ROOM]) + r"(?:\.old[0-9]*)+")
+    removed: tuple[str, ...] = ()
 
     def change(text: str, now: KeySet) -> str:
-        index = next((i for i, k in enumerate(now.keys) if k.id == key_id), None)
-        if index is None:
+        nonlocal removed
+        if all(k.id != key_id for k in now.keys):
             raise _no_such_key(path, now, key_id)
-        return _without_key(text, index)
+        gone = [i for i, k in enumerate(now.keys) if k.id == key_id or leftover.fullmatch(k.id)]
+        removed = tuple(now.keys[i].id for i in gone if now.keys[i].id != key_id)
+        for i in reversed(gone):
+            text = _without_key(text, i)
+        return text
 
     _edit(path, change, create=False)
+    return removed
 
 
 def _no_such_key(path: Path, now: KeySet, key_id: str) -> BadKeys:

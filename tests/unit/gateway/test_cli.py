@@ -67,7 +67,10 @@ def test_keys_new_prints_the_secret_alone(site: Path, capsys: pytest.CaptureFixt
     assert main(["keys", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [k["id"] for k in listed["keys"]] == ["one"]
+    assert main(["keys", "rotate", "one"]) == 0
+    capsys.readouterr()
     assert main(["keys", "revoke", "one"]) == 0
+    assert f"one is revoked in {site / 'keys.yaml'}, together with one.old: " in capsys.readouterr().err
     assert main(["keys", "revoke", "one"]) == 12
 
 

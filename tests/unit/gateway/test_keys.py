@@ -286,6 +286,29 @@ def test_a_second_rotation_in_the_overlap_keeps_all_three(tmp_path: Path) -> Non
     assert who.not_after == datetime(2027, 1, 1, tzinfo=UTC)
 
 
+def test_revoking_a_rotated_key_leaves_none_of_its_secrets_valid(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(FILE)
+    keyfile.new_key(path, "one.oldest", "physics")
+    first = keyfile.rotate(path, "one", timedelta(days=7), now=NOW)
+    second = keyfile.rotate(path, "one", timedelta(days=7), now=NOW)
+    keyfile.rotate(path, "one.old", timedelta(days=1), now=NOW)
+    assert keyfile.revoke(path, "one") == ("one.old2", "one.old", "one.old.old")
+    found = keys.read(path)
+    # A name that only begins alike is a key of its own.
+    assert [k.id for k in found.keys] == ["one.oldest"]
+    assert {found.identify(s, NOW) for s in (SECRET, first.secret, second.secret)} == {Verdict.UNKNOWN}
+    assert "# the first" in path.read_text()
+
+
+def test_an_old_secret_can_be_revoked_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(FILE)
+    keyfile.rotate(path, "one", timedelta(days=7), now=NOW)
+    assert keyfile.revoke(path, "one.old") == ()
+    assert [k.id for k in keys.read(path).keys] == ["one"]
+
+
 def test_an_overlap_never_lengthens_a_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(FILE)
