@@ -10,18 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from moat.console import Console
 from moat.errors import EgressFound, EgressUnproven, MoatError
+from moat.site.egresscheck import signals
 from moat.site.egresscheck.model import Report, Site
 from moat.site.egresscheck.run import Options, verify
 
@@ -90,7 +87,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             hint="run it as root on the host: it sets packet filter rules, watches system calls and restarts services",
         )
     folder = args.out or EVIDENCE_DIR / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    with _signals_end_cleanly():
+    with signals.ended_once():
         site = _site(args.site, args.dir, args.key_file, console)
         options = Options(quiet_seconds=args.quiet_seconds, allow=tuple(args.allow))
         report = verify(site, options, console)
@@ -133,24 +130,6 @@ def _site(kind: str, directory: Path, key_file: Path | None, console: Console) -
     from moat.site.egresscheck.compose_site import ComposeSite
 
     return ComposeSite(directory, console, key_file)
-
-
-@contextmanager
-def _signals_end_cleanly() -> Iterator[None]:
-    """Turn the signals that would end us into an exception, so that everything set is removed again.
-
-    A lost SSH session sends SIGHUP: exactly then nobody is there to clean up by hand.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(f"signal {number}")
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def refusals_of(report: Report, folder: Path) -> list[MoatError]:

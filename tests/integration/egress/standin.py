@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moat.console import Console
-from moat.site.egresscheck import leftovers, run
+from moat.site.egresscheck import leftovers, run, signals
 from moat.site.egresscheck.allow import parse_all
 from moat.site.egresscheck.marks import draw
 from moat.site.egresscheck.model import Component, Endpoint, Layer, Probe, RequestResult
@@ -272,7 +272,7 @@ def main() -> int:
     site.start()
     root = RootProcess("standin-nginx.service") if args.root else None
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with signals.ended_once(), tempfile.TemporaryDirectory() as folder:
             options = run.Options(args.quiet, tuple(args.allow), settle_seconds=0.3)
             report = run.verify(site, options, Console(quiet=True), lock=Path(folder) / "lock")
     finally:

@@ -211,6 +211,46 @@ def test_a_run_that_is_killed_outright_leaves_nothing_behind() -> None:
     assert "from all lookup local" in done.stdout
 
 
+@pytest.mark.parametrize("stopping", ["", "sleep 0.3;"], ids=["at once", "while it cleans up"])
+def test_a_second_signal_does_not_break_off_the_cleaning_up(stopping: str) -> None:
+    """As of an impatient Ctrl-C, or of a terminal that goes away: SIGHUP and SIGTERM."""
+    script = (
+        'ip link set lo up; "$@" & run=$!; '
+        "until nft list table inet moat_capture >/dev/null 2>&1; do sleep 0.1; done; sleep 1; "
+        f"kill -HUP $run; sleep 0.1; kill -HUP $run; {stopping} kill -TERM $run; wait $run; "
+        "nft list ruleset; ip rule; ip -6 rule"
+    )
+    run = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, "sh"]
+    done = subprocess.run(
+        [*run, sys.executable, str(STANDIN), "--quiet", "60"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "KeyboardInterrupt: signal 1" in done.stderr
+    assert "moat_capture" not in done.stdout
+    assert "52030" not in done.stdout
+    assert "from all lookup local" in done.stdout
+
+
+def test_what_the_run_could_not_remove_is_left_to_the_watcher(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys; from pathlib import Path; from moat.console import Console\n"
+        "from moat.site.egresscheck import leftovers\n"
+        "with leftovers.only_one(Console(), Path(sys.argv[1])):\n"
+        "    subprocess.run(['nft', 'add', 'table', 'inet', leftovers.PACKETS_TABLE], check=True)\n"
+        "print(leftovers.present())\n"
+    )
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", program, str(tmp_path / "lock")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_a_terminated_run_cleans_up_and_a_second_one_is_refused_meanwhile(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from moat.console import Console\n"

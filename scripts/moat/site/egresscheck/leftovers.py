@@ -10,6 +10,7 @@ without a word); and by the next run, before it begins.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -20,6 +21,7 @@ from typing import Final
 
 from moat.console import Console
 from moat.errors import EgressUnproven
+from moat.site.egresscheck import signals
 from moat.site.egresscheck.tools import ENVIRONMENT
 
 #: Tables of the packet filter (family inet) that only a running verification has.
@@ -69,8 +71,8 @@ def present() -> list[str]:
     return found
 
 
-def remove(console: Console) -> None:
-    """Remove everything that :func:`present` can name."""
+def remove(console: Console) -> list[str]:
+    """Remove everything that :func:`present` can name, and return what could not be removed."""
     for table in (PACKETS_TABLE, DNS_TABLE):
         _quietly(["nft", "delete", "table", "inet", table])
     for family in ("-4", "-6"):
@@ -79,7 +81,8 @@ def remove(console: Console) -> None:
         _quietly(["ip", family, "route", "flush", "table", ROUTES])
     still = present()
     if still:
-        console.warn("could not remove " + ", ".join(still) + "; the next run tries again")
+        console.warn("could not remove " + ", ".join(still) + "; the watcher and the next run try again")
+    return still
 
 
 @contextmanager
@@ -118,11 +121,18 @@ def only_one(console: Console, lock: Path = LOCK) -> Iterator[None]:
         )
         yield
     finally:
-        if watcher is not None and watcher.stdin is not None:
-            try:
-                watcher.stdin.write(b"done\n")
-                watcher.stdin.close()
-            except BrokenPipeError:
-                pass
-            watcher.wait()
-        os.close(fd)
+        with signals.deferred():
+            if watcher is not None:
+                _end(watcher)
+            os.close(fd)
+
+
+def _end(watcher: subprocess.Popen[bytes]) -> None:
+    """Let the watcher go, with its work if there is any: it does no harm to remove what is not there."""
+    pipe = watcher.stdin
+    if pipe is not None:
+        with contextlib.suppress(BrokenPipeError):
+            if not present():
+                pipe.write(b"done\n")
+            pipe.close()
+    watcher.wait()

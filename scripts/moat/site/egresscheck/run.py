@@ -9,7 +9,6 @@ that it started, and once more by the next run (:mod:`moat.site.egresscheck.left
 from __future__ import annotations
 
 import platform
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Final
 
 from moat.console import Console
 from moat.errors import EgressUnproven, MoatError
-from moat.site.egresscheck import leftovers
+from moat.site.egresscheck import leftovers, signals
 from moat.site.egresscheck.attribute import attribute, name_servers
 from moat.site.egresscheck.marks import CONTROL
 from moat.site.egresscheck.model import (
@@ -95,13 +94,13 @@ class Capture:
             layer = self._running.pop()
             try:
                 self.seen += layer.stop()
-            except Exception as e:
+            except BaseException as e:
                 first = first or e
                 self.problems.append(f"layer {layer.name} did not end cleanly: {e}")
             self.problems += [f"{layer.name}: {text}" for text in getattr(layer, "problems", ())]
             self.names.update(getattr(layer, "answers", {}))
-        if isinstance(first, (TypeError, AttributeError, NameError)):
-            raise first  # a defect of ours is no finding about the site
+        if isinstance(first, (TypeError, AttributeError, NameError)) or not isinstance(first, Exception | None):
+            raise first  # a defect of ours, or an interruption, is no finding about the site
 
     def results(self) -> list[LayerResult]:
         """Return what each layer could do, in the order in which they were started."""
@@ -116,17 +115,6 @@ class Capture:
             notes = "; ".join(getattr(layer, "notes", ()))
             found.append(LayerResult(name, True, caught, f"{why}; {notes}" if notes else why))
         return found
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back the signals that would break off the removal of what we have set."""
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def verify(
@@ -201,10 +189,12 @@ def verify(
                 probes = site.probes()
                 rules = site.rules()
         finally:
-            with _uninterrupted():
+            with signals.deferred():
                 steps.append(Step(stamp(), "Remove everything that was set for the capture"))
-                capture.stop()
-                leftovers.remove(console)
+                try:
+                    capture.stop()
+                finally:
+                    still = leftovers.remove(console)
         layers = capture.results()
         # Only a sinkhole that was alive to the end has all the questions.
         asked = any(n.name == "dns" and n.control_caught for n in layers)
@@ -221,7 +211,7 @@ def verify(
             attempts=tuple(a for a in found if a.component != CONTROL),
             probes=tuple(probes),
             rules=rules,
-            problems=(*capture.problems, *_unanswered(requests)),
+            problems=(*capture.problems, *_unanswered(requests), *_not_removed(still)),
             host=host,
             steps=tuple(steps),
             allowed=allowed,
@@ -233,6 +223,11 @@ def _unanswered(requests: Sequence[RequestResult]) -> list[str]:
     return [
         f"the first request `{r.kind}` was not answered as expected: {r.status} {r.note}" for r in requests if not r.ok
     ]
+
+
+def _not_removed(still: Sequence[str]) -> list[str]:
+    """The site is not as it was: its services go on being cut off from what the capture refused them."""
+    return [f"what was set for the capture could not be removed: {what}" for what in still]
 
 
 def _quiet(seconds: float, console: Console, sleep: Callable[[float], None]) -> None:

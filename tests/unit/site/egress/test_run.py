@@ -88,7 +88,7 @@ class OneSite:
 def nothing_on_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's packet filter is not these tests' subject, and other tests use it at the same time."""
     monkeypatch.setattr(leftovers, "present", list)
-    monkeypatch.setattr(leftovers, "remove", lambda console: None)
+    monkeypatch.setattr(leftovers, "remove", lambda console: [])
 
 
 def verify(site: OneSite, tmp_path: Path, quiet: float = 25) -> tuple[Report, list[float]]:
@@ -164,6 +164,26 @@ def test_a_layer_that_breaks_when_it_is_stopped_does_not_keep_the_others(tmp_pat
     assert log[-1] == "stop packets"
     assert "the table is gone" in report.problems[0]
     assert not report.proven
+
+
+def test_an_interruption_while_a_layer_is_stopped_does_not_keep_the_others(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    class Interrupted(OneLayer):
+        def stop(self) -> list[Attempt]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(OneSite([OneLayer("packets", log), Interrupted("syscalls", log)], log), tmp_path)
+    assert log[-1] == "stop packets"
+
+
+def test_what_cannot_be_removed_is_a_problem_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "remove", lambda console: ["the table inet moat_capture"])
+    log: list[str] = []
+    report, _ = verify(OneSite([OneLayer("packets", log)], log), tmp_path)
+    assert report.problems == ("what was set for the capture could not be removed: the table inet moat_capture",)
+    assert not report.ok
 
 
 def test_a_request_that_is_not_answered_proves_nothing(tmp_path: Path) -> None:
