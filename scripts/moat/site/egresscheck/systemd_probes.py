@@ -11,17 +11,19 @@ import re
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
+from moat.site.egresscheck import allow, filterrules
 from moat.site.egresscheck.model import NotAvailable, Probe
 from moat.site.egresscheck.requests import Target
 from moat.site.egresscheck.tools import run
 
 #: The table of the site (role no_egress).
 TABLE: Final = "moat_egress"
-#: Counters of rules that let the *host* out (time, names, its own address): they are not for the services.
-_HOST_COUNTERS: Final = frozenset({"moat_out_ntp", "moat_out_dns", "moat_out_dhcp", "moat_out_neighbours"})
+#: What the role wrote, and so what the table should hold.
+RULES_FILE: Final = Path("/etc/moat/nftables/no-egress.nft")
 
 
 def _objects() -> list[dict[str, Any]]:
@@ -32,37 +34,24 @@ def _objects() -> list[dict[str, Any]]:
     return [x for x in raw.get("nftables", []) if isinstance(x, dict)]
 
 
-def let_out(objects: Sequence[dict[str, Any]] | None = None) -> list[str]:
-    """Return the destinations that the site's packet filter lets the services reach, in the words of the allow-list."""
-    found = []
-    for rule in (x["rule"] for x in (_objects() if objects is None else objects) if "rule" in x):
-        words = rule.get("expr", [])
-        counters = {e["counter"] for e in words if isinstance(e.get("counter"), str)}
-        if rule.get("chain") != "output" or not any("accept" in e for e in words) or counters & _HOST_COUNTERS:
-            continue
-        hosts: list[str] = []
-        ports: list[tuple[str, str]] = []
-        for match in (e["match"] for e in words if "match" in e):
-            payload = match.get("left", {}).get("payload", {}) if isinstance(match.get("left"), dict) else {}
-            values = list(_values(match.get("right")))
-            if payload.get("field") == "daddr" and match.get("op") == "==":
-                hosts = values
-            elif payload.get("field") == "dport" and match.get("op") == "==":
-                ports = [(str(payload.get("protocol")), v) for v in values]
-        for host in hosts:
-            written = f"[{host}]" if ":" in host else host
-            found += [f"{protocol} {written}:{port}" for protocol, port in ports]
-    return list(dict.fromkeys(found))
+def _written(path: Path = RULES_FILE) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""
 
 
-def _values(right: Any) -> Iterator[str]:
-    if isinstance(right, str | int):
-        yield str(right)
-    elif isinstance(right, dict) and "prefix" in right:
-        yield f"{right['prefix']['addr']}/{right['prefix']['len']}"
-    elif isinstance(right, dict) and "set" in right:
-        for value in right["set"]:
-            yield from _values(value)
+def let_out(objects: Sequence[dict[str, Any]] | None = None, written: str | None = None) -> list[str]:
+    """Return the destinations that the role lets the services reach, in the words of the allow-list.
+
+    A rule that somebody else has added is no entry of the allow-list, however it is written: what goes out by it is
+    an attempt like others.
+    """
+    found = _objects() if objects is None else objects
+    chain = filterrules.base_chain(found, "output")
+    known = filterrules.written_by_the_role(_written() if written is None else written)
+    ways = filterrules.ways(filterrules.rules_of(found, chain["name"])) if chain else []
+    return list(dict.fromkeys(d for w in ways if w.called_by_content and w.counter in known for d in w.destinations))
 
 
 def ready(target: Target) -> bool:
@@ -82,26 +71,50 @@ def ready(target: Target) -> bool:
     return len(head) > 1 and head[1].isdigit() and int(head[1]) < 500
 
 
-def probes(units: Sequence[str]) -> list[Probe]:
-    """Return every probe."""
-    return [_policy("output"), *(_sandbox(unit) for unit in units)]
+def probes(units: Sequence[str], allowed: Sequence[str] = ()) -> list[Probe]:
+    """Return every probe; ``allowed`` is the allow-list, the gateways' own and the operator's for this run."""
+    written = _written()
+    objects = _objects()
+    hooks = ["output"]
+    # Left out where the role was told to (no_egress_forward: false): then another program closes the containers' ways.
+    if not written or re.search(r"^\s*chain forward \{", written, re.MULTILINE):
+        hooks.append("forward")
+    # What a name stands for is none of the packet filter's business, which has addresses.
+    entries = [allow.parse(text, lambda _: []) for text in allowed]
+    return [*(_policy(hook, objects, entries, written) for hook in hooks), *(_sandbox(unit) for unit in units)]
 
 
-def _policy(hook: str) -> Probe:
-    chains = [x["chain"] for x in _objects() if "chain" in x]
-    chain = next((c for c in chains if c.get("hook") == hook), None)
-    found = "no such table" if not chains else "no such chain"
+def _policy(hook: str, objects: Sequence[dict[str, Any]], entries: Sequence[allow.Allowed], written: str = "") -> Probe:
+    """The chain refuses what no rule names, and no rule names more than the site's list."""
+    chain = filterrules.base_chain(objects, hook)
+    found, more = "no such table" if not objects else "no such chain, or the table sleeps", []
     if chain is not None:
         found = f"policy {chain.get('policy')}"
-        last = [x["rule"] for x in _objects() if "rule" in x and x["rule"].get("chain") == chain.get("name")]
-        if last and any("reject" in e or "drop" in e for e in last[-1].get("expr", [])):
+        rules = filterrules.rules_of(objects, chain["name"])
+        if rules and any("reject" in e or "drop" in e for e in rules[-1].get("expr", [])):
             found += ", and its last rule refuses"
+        known = filterrules.written_by_the_role(written)
+        more = filterrules.surplus(filterrules.ways(rules), entries, known)
+        if more:
+            found += "; not on the site's list: " + "; ".join(_text(way.handle) for way in more)
+    what = "lets nothing out" if hook == "output" else "passes nothing on for others"
     return Probe(
-        name=f"the packet filter of this host (inet {TABLE}) lets nothing out that is not listed",
-        ok=found.startswith("policy drop"),
+        name=f"the packet filter of this host (inet {TABLE}) {what} that is not listed",
+        ok=found.startswith("policy drop") and not more,
         found=found,
-        expected="policy drop",
+        expected="policy drop, and no rule that opens more than the allow-list",
     )
+
+
+def _text(handle: int) -> str:
+    """Return a rule as nft writes it."""
+    try:
+        listed = run(["nft", "-a", "-s", "list", "table", "inet", TABLE])
+    except NotAvailable:
+        listed = ""
+    end = f" # handle {handle}"
+    line = next((n for n in listed.splitlines() if n.endswith(end) and not n.endswith("{" + end)), "")
+    return f"`{line.removesuffix(end).strip()}`" if line else f"the rule with handle {handle}"
 
 
 def _sandbox(unit: str) -> Probe:

@@ -91,6 +91,8 @@ class SystemdSite:
         self._key_file = key_file or (MASTER_KEY if MASTER_KEY.exists() else None)
         self._marks = draw()
         self._allowed: tuple[str, ...] | None = None
+        #: The allow-list of this run, with what the operator adds to it.
+        self._given: tuple[str, ...] = ()
         self._answers: dict[str, tuple[list[Endpoint], tuple[str, ...]]] = {}
 
     @staticmethod
@@ -167,6 +169,7 @@ class SystemdSite:
 
     def layers(self, allowed: Sequence[str]) -> list[Layer]:
         """Return the layers for services of this host."""
+        self._given = tuple(allowed)
         entries = parse_all(allowed)
         # Names first: in the moment between the two a question for a name on the allow-list would be refused.
         return [
@@ -214,7 +217,7 @@ class SystemdSite:
 
     def probes(self) -> list[Probe]:
         """Prove that the rules are in force."""
-        return systemd_probes.probes(self.units())
+        return systemd_probes.probes(self.units(), self._given)
 
     def rules(self) -> str:
         """Return the site's packet filter rules in force."""
