@@ -6,7 +6,8 @@ A gateway is restarted when it does not run the wanted release, or was started b
 start (its unit, settings, configuration, secrets) took its present content. That is told by a digest kept with the
 id of the unit's run, so that a run which was interrupted between writing a file and restarting is finished by the next.
 Each restarted gateway must become ready and answer a real request before the next one is touched. If one does not,
-every gateway that was moved returns to the release that it came from.
+every gateway that was moved returns to the release that it came from: the node's (the link ``current`` moves last, when
+all of them serve), so that what a run before this one moved, and did not come to the end of, returns too.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ RETURN = r"""
 started: {description: Gateways that were not running and are now., type: list, returned: always}
 restarted: {description: Gateways that were restarted., type: list, returned: always}
 stopped: {description: Gateways that are no longer wanted., type: list, returned: always}
-before: {description: "The release that they came from; empty if they were not moved.", type: str, returned: always}
+before:
+  description: The release that they came from, also in a run before this one that was cut short; empty if none moved.
+  type: str
+  returned: always
 returned: {description: "After a failure, gateways that run their old release again.", type: list, returned: on failure}
 seconds: {description: What it took., type: float, returned: always}
 """
@@ -115,12 +119,16 @@ class Node:
     Attributes:
         p: the parameters.
         record: what each gateway was started with, by its number.
-        moved: gateway and the release that it came from.
+        moved: gateway and the release that it came from, also one that a run which was cut short had moved.
+        origins: the release that each gateway returns to if the wanted one fails, or nothing.
+        unnoted: gateways that somebody else started, with what is there now.
     """
 
     p: Mapping[str, Any]
     record: dict[str, dict[str, str]] = field(default_factory=dict)
     moved: list[tuple[int, str]] = field(default_factory=list)
+    origins: dict[int, str] = field(default_factory=dict)
+    unnoted: list[int] = field(default_factory=list)
     started: list[int] = field(default_factory=list)
     restarted: list[int] = field(default_factory=list)
     stopped: list[int] = field(default_factory=list)
@@ -136,6 +144,13 @@ class Node:
         except OSError:
             return ""
 
+    def current(self) -> str:
+        """Return the release of the node, which all its gateways have served with, or nothing."""
+        try:
+            return os.path.basename(os.readlink(Path(self.p["root"]) / "current"))  # noqa: PTH115, PTH119
+        except OSError:
+            return ""
+
     def running(self, properties_: Mapping[str, str]) -> str:
         """Return the release that a gateway's process does run, or nothing."""
         try:
@@ -145,6 +160,19 @@ class Node:
         inside = os.fsencode(Path(self.p["root"]) / "releases") + b"/"
         found = [w for w in words if w.startswith(inside)]
         return os.fsdecode(found[0][len(inside) :].split(b"/")[0]) if found else ""
+
+    def origin(self, n: int, p: Mapping[str, str]) -> str:
+        """Return the release that a gateway returns to if the wanted one fails, or nothing.
+
+        Its own link does not say it: a run that was cut short may have moved that to a release which never served.
+        """
+        current, wanted = self.current(), self.p["release"]
+        if current not in ("", wanted):
+            return current
+        found = self.running(p) if p["ActiveState"] == "active" else ""
+        if not found and not current:
+            found = self.release(n)  # the first installation did not come to its end
+        return "" if found == wanted else found
 
     def flip(self, n: int, release: str) -> None:
         """Point a gateway's link to a release, in one step."""
@@ -233,12 +261,15 @@ class Node:
         start, restart = [], []
         for n in range(1, self.p["count"] + 1):
             p = properties(n)
+            self.origins[n] = self.origin(n, p)
+            if self.origins[n] and self.release(n) not in ("", self.origins[n]):
+                self.moved.append((n, self.origins[n]))  # by a run that was cut short
             if p["ActiveState"] != "active":
                 start.append(n)  # also one that systemd tries to start again and again
             elif self.running(p) != self.p["release"] or self.release(n) != self.p["release"] or self.stale(n, p):
                 restart.append(n)
             elif str(n) not in self.record or self.record[str(n)]["invocation"] != p["InvocationID"]:
-                self.remember(n)
+                self.unnoted.append(n)
         folder = Path(self.p["root"]) / "instances"
         there = [int(x.name) for x in folder.iterdir() if x.name.isdecimal()] if folder.is_dir() else []
         return start, restart, sorted(n for n in there if n > self.p["count"])
@@ -280,11 +311,10 @@ class Node:
 
     def move(self, n: int) -> None:
         """Point a gateway to the wanted release and note where it came from."""
-        before = self.release(n)
-        if before != self.p["release"]:
+        if self.release(n) != self.p["release"]:
             self.flip(n, self.p["release"])
-            if before:
-                self.moved.append((n, before))
+        if self.origins[n] and n not in dict(self.moved):
+            self.moved.append((n, self.origins[n]))
 
     def wait(self, numbers: list[int]) -> None:
         """Start or restart units and wait until each is ready (they are of Type=notify).
@@ -307,6 +337,10 @@ class Node:
         back = []
         for n, before in reversed(self.moved):
             self.flip(n, before)
+            p = properties(n)
+            if p["ActiveState"] == "active" and self.running(p) == before:
+                back.append(n)  # only its link had been moved; it has served all the time
+                continue
             try:
                 run("systemctl", "reset-failed", unit(n), check=False)
                 self.wait([n])
@@ -352,10 +386,13 @@ def main() -> None:
         start, restart, stop = node.plan()
         if module.check_mode:
             node.started, node.restarted, node.stopped = start, restart, stop
-        elif start or restart or stop:
-            node.apply(start, restart, stop)
+        else:
+            for n in node.unnoted:
+                node.remember(n)
+            if start or restart or stop:
+                node.apply(start, restart, stop)
     except Refused as e:
-        back = node.go_back() if node.moved else []
+        back = node.go_back() if node.moved and not module.check_mode else []
         if node.moved and len(back) == len(node.moved):
             after = f"Gateways {sorted(back)} run their old release again and serve."
         elif node.moved:
@@ -363,7 +400,7 @@ def main() -> None:
                 f"Gateways {sorted(n for n, _ in node.moved)} were to return to their old release; {back} serve again."
             )
         else:
-            after = "Nothing was moved to another release. Do: correct what it says, then run this again."
+            after = "There is no other release to return to. Do: correct what it says, then run this again."
         module.fail_json(msg=f"{e}\n{after}", returned=sorted(back), **result())
     except OSError as e:
         module.fail_json(msg=f"{e.filename}: {e.strerror}", **result())

@@ -148,10 +148,12 @@ def node(tmp_path: Path, **more: Any) -> Any:
 
 
 def test_a_link_moves_in_one_step_and_remembers_where_it_came_from(tmp_path: Path) -> None:
-    one = node(tmp_path)
+    one, stopped = node(tmp_path), {"ActiveState": "inactive", "MainPID": "0"}
+    one.origins[1] = one.origin(1, stopped)
     one.move(1)
     assert (one.release(1), one.moved) == ("new", [])  # the first installation has nothing to return to
     one.flip(1, "old")
+    one.origins[1] = one.origin(1, stopped)
     one.move(1)
     assert (str((tmp_path / "instances/1").readlink()), one.moved) == ("../releases/new", [(1, "old")])
     one.move(1)
