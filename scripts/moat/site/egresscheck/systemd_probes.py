@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is proved about a systemd site besides the capture: the rules are in force, the sandboxes hold.
 
-Each probe looks at what the kernel holds, not at what a file says.
+Each probe looks at what the kernel holds, not at what a file says. One thing the kernel tells nobody: which families of
+sockets a process may open; there systemd is asked what it set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
 import ssl
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from moat.site.egresscheck import allow, filterrules
-from moat.site.egresscheck.model import NotAvailable, Probe
+from moat.site.egresscheck.model import Component, NotAvailable, Probe
 from moat.site.egresscheck.requests import Target
 from moat.site.egresscheck.tools import run
+from moat.site.egresscheck.who import Who
 
 #: The table of the site (role no_egress).
 TABLE: Final = "moat_egress"
+#: CAP_NET_RAW (linux/capability.h), and the families of sockets that need it and pass no chain of netfilter.
+_NET_RAW: Final = 1 << 13
+_PACKET_FAMILIES: Final = frozenset({"AF_PACKET", "AF_XDP"})
 #: What the role wrote, and so what the table should hold.
 RULES_FILE: Final = Path("/etc/moat/nftables/no-egress.nft")
 
@@ -118,25 +124,67 @@ def _text(handle: int) -> str:
 
 
 def _sandbox(unit: str) -> Probe:
-    """The second wall: systemd's own filter on the unit's control group."""
-    names = "IPAddressDeny,IPAddressAllow,NoNewPrivileges,CapabilityBoundingSet,RestrictAddressFamilies,PrivateNetwork"
-    done = subprocess.run(["systemctl", "show", unit, "--property", names], capture_output=True, text=True, check=False)
+    """The second wall: what the unit's processes may do, and systemd's own filter on the unit's control group."""
+    done = subprocess.run(
+        ["systemctl", "show", unit, "--property", "IPAddressDeny,RestrictAddressFamilies"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     values = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    raw = "cap_net_raw" in values.get("CapabilityBoundingSet", "").split()
-    privileges = values.get("NoNewPrivileges") == "yes"
-    families = values.get("RestrictAddressFamilies", "")
-    packets = not families or "AF_PACKET" in families.split() if not families.startswith("~") else False
+    return sandbox(unit, values, statuses(unit))
+
+
+def statuses(unit: str, proc: Path = Path("/proc")) -> dict[int, dict[str, str]]:
+    """Return what the kernel holds of each process of a unit (``/proc/PID/status``)."""
+    who = Who([Component(unit, unit, 0)], proc)
+    found = {}
+    for pid in (int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal()):
+        if who.by_group(who.group(pid)):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                lines = (proc / str(pid) / "status").read_text("utf-8", "replace").splitlines()
+                found[pid] = {k: v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    return found
+
+
+def sandbox(unit: str, values: Mapping[str, str], processes: Mapping[int, Mapping[str, str]]) -> Probe:
+    """Judge a unit.
+
+    Args:
+        unit: its name.
+        values: properties of systemd: ``RestrictAddressFamilies``, which no file of the kernel shows, and
+            ``IPAddressDeny`` for the reader.
+        processes: process id -> the fields of its ``/proc/PID/status``.
+    """
+    name, expected = f"{unit}: no way around the packet filter", "no new privileges, no raw packets"
+    if not processes:
+        return Probe(name, False, "no process to look at", expected)
+    gain = [pid for pid, status in processes.items() if status.get("NoNewPrivs") != "1"]
+    # The bounding set: what a process does not hold now it may get from a program with capabilities of its own.
+    raw = [pid for pid, status in processes.items() if int(status.get("CapBnd", "ffffffff"), 16) & _NET_RAW]
+    if not _packet_sockets(values.get("RestrictAddressFamilies")):
+        raw = []
     found = [
-        "may gain privileges" if not privileges else "no new privileges",
-        "may send raw packets" if raw and packets else "no raw packets",
+        f"may gain privileges ({_numbers(gain)})" if gain else "no new privileges",
+        f"may send raw packets ({_numbers(raw)})" if raw else "no raw packets",
         f"IPAddressDeny={_short(values.get('IPAddressDeny', ''))}",
     ]
-    return Probe(
-        name=f"{unit}: no way around the packet filter",
-        ok=privileges and not (raw and packets),
-        found=", ".join(found),
-        expected="no new privileges, no raw packets",
-    )
+    return Probe(name, not gain and not raw, ", ".join(found), expected)
+
+
+def _packet_sockets(families: str | None) -> bool:
+    """Whether a unit may open sockets whose frames no packet filter sees.
+
+    systemctl writes what is allowed, or with ``~`` in front what is not; ``~`` alone is no restriction.
+    """
+    if families is None:
+        return True
+    named = set(families.removeprefix("~").split()) & _PACKET_FAMILIES
+    return named != _PACKET_FAMILIES if families.startswith("~") else bool(named)
+
+
+def _numbers(pids: Sequence[int]) -> str:
+    return ("process " if len(pids) == 1 else "processes ") + ", ".join(map(str, sorted(pids)[:5]))
 
 
 def _short(text: str) -> str:

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves how a unit's sandbox is judged: by what its processes hold, and by the families that systemd leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moat.site.egresscheck.systemd_probes import sandbox, statuses
+
+UNIT = "moat-gateway@1.service"
+#: A bounding set with nothing in it, with CAP_NET_RAW alone, and with everything.
+NONE, RAW, ALL = "0000000000000000", "0000000000002000", "000001ffffffffff"
+
+
+def judged(families: str | None, *bounds: str, gain: bool = False) -> tuple[bool, str]:
+    values = {"IPAddressDeny": "::/0 0.0.0.0/0"} | ({} if families is None else {"RestrictAddressFamilies": families})
+    processes = {10 + i: {"CapBnd": b, "NoNewPrivs": "0" if gain else "1"} for i, b in enumerate(bounds)}
+    probe = sandbox(UNIT, values, processes)
+    return probe.ok, probe.found
+
+
+@pytest.mark.parametrize("families", ["~", "~AF_NETLINK", "~AF_PACKET", "AF_INET AF_PACKET", "AF_XDP", None], ids=repr)
+def test_a_unit_that_may_open_packet_sockets_and_has_the_capability_fails(families: str | None) -> None:
+    for bound in (RAW, ALL):
+        ok, found = judged(families, bound)
+        assert not ok
+        assert "may send raw packets (process 10)" in found
+    assert judged(families, NONE) == (True, "no new privileges, no raw packets, IPAddressDeny=any")
+
+
+@pytest.mark.parametrize("families", ["", "AF_INET AF_INET6 AF_UNIX", "~AF_PACKET AF_XDP"], ids=repr)
+def test_without_such_sockets_the_capability_is_no_way_around(families: str) -> None:
+    assert judged(families, ALL)[0]
+
+
+def test_every_process_of_the_unit_counts() -> None:
+    assert not judged("~", NONE, RAW)[0]
+    assert judged("AF_INET", NONE, NONE, gain=True) == (
+        False,
+        "may gain privileges (processes 10, 11), no raw packets, IPAddressDeny=any",
+    )
+    assert judged("AF_INET") == (False, "no process to look at")
+
+
+def test_the_processes_are_those_of_the_control_group(tmp_path: Path) -> None:
+    for pid, unit in ((1, "init.scope"), (10, UNIT), (11, f"{UNIT}/worker"), (12, "moat-gateway@11.service")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cgroup").write_text(f"0::/system.slice/{unit}\n", "utf-8")
+        (tmp_path / str(pid) / "status").write_text(f"Name:\tx\nNoNewPrivs:\t1\nCapBnd:\t{RAW}\n", "utf-8")
+    assert statuses(UNIT, tmp_path) == {pid: {"Name": "x", "NoNewPrivs": "1", "CapBnd": RAW} for pid in (10, 11)}
