@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,14 @@ class Node:
     def install(self, *more: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run install.sh from the medium as converge.yml does, whatever its exit code."""
         return self.run("sh", "/medium/install.sh", "--yes", "--key", "/test/release.pub", *more, timeout=timeout)
+
+    def restart(self, patience: float = 180) -> None:
+        """Restart the whole host and wait until systemd has started what it starts."""
+        subprocess.run(["docker", "restart", "--time", "90", self.name], check=True, capture_output=True)
+        give_up = time.monotonic() + patience
+        while self.run("systemctl", "is-system-running").stdout.strip() not in ("running", "degraded"):
+            assert time.monotonic() < give_up, f"the host did not come up again within {patience:.0f} s"
+            time.sleep(1)
 
     def show(self, unit: str, *properties: str) -> dict[str, str]:
         """Return systemd's properties of a unit."""

@@ -3,21 +3,23 @@
 """Ansible module ``moat_apt``: install packages from one apt source and from nothing else.
 
 The host's own sources, lists and proxies play no part: apt is given one source file, so what it installs is what
-the bundle brought, or nothing. Packages that are installed stay as they are. Services are kept from starting with
-their packages' own configuration by masks below /run: an interrupted run leaves them at worst until the next run or
-the next start of the host, and no other package notices them.
+the bundle brought, or nothing. Packages that are installed stay as they are. Services must not run with the packages'
+own configuration, neither now nor after a power cut: masks below /run keep them from starting while apt works; and a
+package enables its service, which would run at the next start of the host, so a condition in /etc that is never met
+holds back those that are new, until they are disabled again. The role of a service enables it, when it is ours.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.moat_common import Refused
+from ansible.module_utils.moat_common import Refused, write
 
 DOCUMENTATION = r"""
 module: moat_apt
@@ -28,7 +30,11 @@ description:
 options:
   packages: {description: Names of packages., type: list, elements: str, required: true}
   source: {description: The one source file that apt may read., type: path, required: true}
-  keep_stopped: {description: Units that must not start now., type: list, elements: str, default: []}
+  keep_stopped:
+    description: Units that must not start, now or at the next start of the host, before something else enables them.
+    type: list
+    elements: str
+    default: []
   other_sources:
     description: C(disabled) moves the host's own sources aside; C(untouched) moves them back if this module moved them.
     type: str
@@ -53,6 +59,15 @@ moved: {description: Source files that were moved aside or back., type: list, re
 APT = Path("/etc/apt")
 ASIDE = APT / "moat-disabled"
 MASKS = Path("/run/systemd/system")
+UNITS = Path("/etc/systemd/system")
+#: In the folder UNIT.d while a package of its unit is being installed; `moat.conf` there is what makes a unit ours.
+HOLD, OURS = "moat-hold.conf", "moat.conf"
+HELD = """\
+# SPDX-License-Identifier: Apache-2.0
+# Made by Moat while a package is installed: until the end of that, the package's own configuration must not run.
+[Unit]
+ConditionPathExists=!/
+"""
 
 
 def run(argv: Sequence[str], what: str) -> str:
@@ -118,19 +133,66 @@ def unmask(units: Sequence[str]) -> bool:
     return bool(ours)
 
 
-def install(packages: Sequence[str], source: str, units: Sequence[str]) -> None:
-    """Install packages with their services held back.
+def unit_state(unit: str) -> tuple[str, str]:
+    """Return whether a unit is active and whether it is enabled, in systemd's words."""
+    text = run(["systemctl", "show", "-p", "ActiveState", "-p", "UnitFileState", unit], f"systemctl show {unit}")
+    shown = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return shown.get("ActiveState", ""), shown.get("UnitFileState", "")
+
+
+def hold(units: Sequence[str]) -> None:
+    """Keep units that nobody uses yet from starting, also after a power cut."""
+    for unit in units:
+        folder = UNITS / f"{unit}.d"
+        if (folder / OURS).exists() or (folder / HOLD).exists():
+            continue
+        active, enabled = unit_state(unit)
+        if active in ("inactive", "failed") and enabled != "enabled":
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            write(folder / HOLD, HELD.encode(), 0o644)
+
+
+def release() -> bool:
+    """Disable what is held back, by this run or by one that was interrupted, and hold it no longer.
+
+    Returns:
+        Whether there was any.
+    """
+    held = sorted(UNITS.glob(f"*.service.d/{HOLD}"))
+    for file in held:
+        unit = file.parent.name.removesuffix(".d")
+        # First this, then the condition away: between the two, too, a start of the host starts nothing.
+        if unit_state(unit)[1] == "enabled":
+            run(["systemctl", "disable", "--quiet", unit], f"systemctl disable {unit}")
+        file.unlink()
+        if not any(file.parent.iterdir()):
+            file.parent.rmdir()
+    if held:
+        run(["systemctl", "daemon-reload"], "systemctl daemon-reload")
+    return bool(held)
+
+
+@contextmanager
+def held_back(units: Sequence[str]) -> Iterator[None]:
+    """Let dpkg work while these services neither start nor are left enabled."""
+    hold(units)
+    mask(units)
+    try:
+        run(["systemctl", "daemon-reload"], "systemctl daemon-reload")
+        yield
+    finally:
+        unmask(units)
+        release()
+
+
+def install(packages: Sequence[str], source: str) -> None:
+    """Install packages.
 
     Raises:
         Refused: apt or dpkg failed.
     """
-    mask(units)
-    try:
-        run(["systemctl", "daemon-reload"], "systemctl daemon-reload")
-        run([*apt(source), "update"], "apt-get update from the release's own repository")
-        run([*apt(source), "install", "--yes", "--no-remove", *packages], f"apt-get install {' '.join(packages)}")
-    finally:
-        unmask(units)
+    run([*apt(source), "update"], "apt-get update from the release's own repository")
+    run([*apt(source), "install", "--yes", "--no-remove", *packages], f"apt-get install {' '.join(packages)}")
 
 
 def sources(source: str) -> list[Path]:
@@ -179,17 +241,18 @@ def main() -> None:
         broken = [n for n, s in known.items() if s not in ("installed", "not-installed", "config-files")]
         missing = [n for n in p["packages"] if known.get(n) != "installed"]
         if not module.check_mode:
-            changed = unmask(p["keep_stopped"])
-            if broken:  # an interrupted run; its services must not start either
-                mask(p["keep_stopped"])
-                try:
-                    run(["dpkg", "--configure", "--pending", "--force-confdef", "--force-confold"], "dpkg --configure")
-                finally:
-                    unmask(p["keep_stopped"])
-                known = states()
-                missing = [n for n in p["packages"] if known.get(n) != "installed"]
-            if missing:
-                install(missing, p["source"], p["keep_stopped"])
+            if broken or missing:
+                with held_back(p["keep_stopped"]):
+                    if broken:  # an interrupted run; its services must not start either
+                        argv = ["dpkg", "--configure", "--pending", "--force-confdef", "--force-confold"]
+                        run(argv, "dpkg --configure")
+                        known = states()
+                        missing = [n for n in p["packages"] if known.get(n) != "installed"]
+                    if missing:
+                        install(missing, p["source"])
+            else:  # what a run left that was cut after the packages
+                changed = unmask(p["keep_stopped"])
+                changed = release() or changed
         changed = changed or bool(missing or moved or broken)
         module.exit_json(changed=changed, installed=missing, moved=moved)
     except Refused as e:

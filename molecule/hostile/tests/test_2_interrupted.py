@@ -3,7 +3,8 @@
 
 The whole tree of processes is killed at once (SIGKILL, as when the machine loses power), in the middle of the steps
 where a half-done state is worst: the copy of the release, Debian's package manager, the gateways' environment, and
-the start of the gateways. Then the same command ends well, a second one changes nothing, and a client is answered.
+the start of the gateways. After two of them the host starts anew, as after a power cut. Then the same command ends
+well, a second one changes nothing, and a client is answered.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import time
 import pytest
 
 COMMAND = "exec sh /medium/install.sh --yes --key /test/release.pub >/run/install.log 2>&1"
-#: Text of the log that shows the step has begun, and how many seconds later the kill comes.
+#: Text of the log that shows the step has begun, how many seconds later the kill comes, and whether the host is
+#: restarted after it: within Debian's package manager, and between the packages and the entrance.
 POINTS = [
-    ("stage the release", 0.4),
-    ("Install the packages that are missing", 4.0),
-    ("Make the environment of the release", 5.0),
-    ("Bring the gateways to the release", 2.0),
+    ("stage the release", 0.4, False),
+    ("Install the packages that are missing", 4.0, True),
+    ("Make the environment of the release", 5.0, True),
+    ("Bring the gateways to the release", 2.0, False),
 ]
+#: Debian's services, and what they would listen on with their packages' own configuration.
+DEBIANS = {"nginx.service": {80, 443}, "valkey-server.service": {6379}}
 
 
-@pytest.mark.parametrize(("step", "after"), POINTS)
-def test_it_is_killed(node, step: str, after: float) -> None:
+@pytest.mark.parametrize(("step", "after", "restart"), POINTS)
+def test_it_is_killed(node, step: str, after: float, restart: bool) -> None:
     node.ok("systemd-run", "--quiet", "--collect", "--unit=install", "--service-type=exec", "sh", "-c", COMMAND)
     give_up = time.monotonic() + 400
     while step not in (log := node.run("cat", "/run/install.log").stdout):
@@ -43,6 +47,18 @@ def test_it_is_killed(node, step: str, after: float) -> None:
         time.sleep(0.1)
     # The link that says what runs is not there before the end.
     assert node.run("test", "-e", "/var/lib/moat/installed.json").returncode != 0
+    if restart:
+        node.restart()
+        only_ours_run(node)
+
+
+def only_ours_run(node) -> None:
+    """A package enables its service; what starts with the host has the addition that makes it Moat's."""
+    for unit, ports in DEBIANS.items():
+        if node.run("test", "-e", f"/etc/systemd/system/{unit}.d/moat.conf").returncode != 0:
+            state = node.show(unit, "ActiveState", "LoadState")
+            assert state["ActiveState"] == "inactive", (unit, state)
+            assert not ports & {port for _, port, _ in node.listeners()}, unit
 
 
 def test_the_same_command_goes_on_to_the_end(node) -> None:
