@@ -296,6 +296,8 @@ def _published(
                 f"revision {done.revision} has this content already; nothing was changed (--force makes a new one)",
                 flush=True,
             )
+    for note in done.notes:
+        say(f"moat-gateway: {note}")
     if getattr(args, "record", None) is not None:
         _note(args.record, done)
     value = {"ok": True, "exit": 0, **asdict(done), **summary, "where": store.describe(), "problems": []}

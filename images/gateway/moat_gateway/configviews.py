@@ -16,7 +16,7 @@ from typing import Any
 
 from moat_gateway import configdiff, configdir, fleet, fleetview, publish, revision, revstore, settings, sitekey
 from moat_gateway.cliout import plain, print_json, table
-from moat_gateway.errors import BadRevision, BadSignature, GatewayError, StoreFailed
+from moat_gateway.errors import BadRevision, BadSignature, GatewayError
 from moat_gateway.fleet import Fleet
 from moat_gateway.revstore import NoRevision, Pointer, Store
 from moat_gateway.settings import Settings
@@ -77,7 +77,7 @@ def _status_once(store: Store, values: Settings) -> tuple[dict[str, Any], list[s
     if reachable:
         try:
             state = look(store)
-        except StoreFailed as e:
+        except GatewayError as e:
             why = why or e
     here = False
     if not state.nodes:

@@ -128,10 +128,17 @@ class DirectoryStore:
         with self._open() as top, self._below(top, _NODES) as folder:
             for name in _names(folder):
                 node = revstore.node_of(name)
-                raw = self._read(folder, name, revstore.MAX_REPORT) if node is not None and folder is not None else None
-                if node is not None and raw is not None:
+                if node is None or folder is None:
+                    continue
+                # Another node may take its report away, or lay something else there: that is no fault of the others.
+                with suppress(FileNotFoundError):
                     state = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                    found[node] = NodeReport(raw, max(0.0, time.time() - state.st_mtime))
+                    try:
+                        raw = self._read(folder, name, revstore.MAX_REPORT)
+                    except (BadRevision, PermissionError):
+                        raw = revstore.UNREADABLE
+                    if raw is not None:
+                        found[node] = NodeReport(raw, max(0.0, time.time() - state.st_mtime))
         return found
 
     def forget(self, node: str) -> bool:
@@ -206,10 +213,11 @@ class DirectoryStore:
             if e.errno in (errno.ELOOP, errno.ENXIO):
                 raise self._odd(name) from e
             raise
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode):
+            os.close(fd)
+            raise self._odd(name)
         with os.fdopen(fd, "rb") as f:
-            state = os.fstat(fd)
-            if not stat.S_ISREG(state.st_mode):
-                raise self._odd(name)
             raw = f.read(limit + 1)
         if len(raw) > limit and not cut:
             raise revstore.too_large(self.describe(), name, max(len(raw), state.st_size), limit)

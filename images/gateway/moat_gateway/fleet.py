@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moat_gateway import revstore
 from moat_gateway.revstore import NodeReport
 from moat_gateway.settings import Settings
 from moat_gateway.sync import nodefolder, reports
+from moat_gateway.sync.files import seconds, whole
 
 NODE_SILENT = 30.0  # seconds after which a node that wrote nothing counts as gone; it writes every 10
 GATEWAY_SILENT = reports.ALIVE
@@ -148,9 +150,16 @@ def from_here(settings: Settings) -> Fleet:
     return Fleet((node,), gateways)
 
 
-def highest(fleet: Fleet) -> int:
-    """Return the highest revision that a node accepted or a gateway serves."""
-    return max([0, *(n.revision or 0 for n in fleet.nodes), *(g.revision for g in fleet.gateways)])
+def highest(fleet: Fleet, most: int = revstore.MAX_NUMBER) -> tuple[int, tuple[str, ...]]:
+    """Return the highest revision that a node accepted or a gateway serves, and who names one that cannot be.
+
+    Args:
+        fleet: what is known.
+        most: a higher number is nobody's revision, and does not count.
+    """
+    named = [(n.name, n.revision or 0) for n in fleet.nodes]
+    named += [(f"{g.node}/{g.name}", g.revision) for g in fleet.gateways]
+    return max([0, *(n for _, n in named if n <= most)]), tuple(who for who, n in named if n > most)
 
 
 def lagging(fleet: Fleet, revision: int, sha256: str | None = None) -> tuple[Lag, ...]:
@@ -210,8 +219,8 @@ def _node(name: str, value: Mapping[str, Any], age: float) -> tuple[Node, tuple[
         name=name,
         age=age,
         alive=alive,
-        revision=sync["revision"],
-        pointer=sync["pointer"],
+        revision=whole(sync["revision"]) if sync["revision"] is not None else None,
+        pointer=whole(sync["pointer"]) if sync["pointer"] is not None else None,
         reachable=source["reachable"],
         where=_line(source["where"]),
         why=_line(source["why"]) if source["why"] is not None else None,
@@ -219,19 +228,17 @@ def _node(name: str, value: Mapping[str, Any], age: float) -> tuple[Node, tuple[
         degraded=tuple(_line(d) for d in sync.get("degraded", ())),
         gateways=len(gateways),
     )
-    if not all(n is None or type(n) is int for n in (node.revision, node.pointer)):
-        raise TypeError("a number of a revision")
     return node, gateways
 
 
 def _gateway(node: str, value: Mapping[str, Any], node_age: float, node_alive: bool) -> Gateway:
-    quiet = None if value["age"] is None else float(value["age"])
+    quiet = None if value["age"] is None else seconds(value["age"])
     age = None if quiet is None else round(quiet + node_age, 3)
     return Gateway(
         name=_line(value["name"]),
         node=node,
-        pid=int(value["pid"]),
-        revision=int(value["revision"]),
+        pid=whole(value["pid"]),
+        revision=whole(value["revision"]),
         sha256=value["sha256"],
         applied_at=_line(value["applied_at"]) if value["applied_at"] is not None else None,
         ready=value["ready"] is True,
@@ -247,7 +254,7 @@ def _gateway(node: str, value: Mapping[str, Any], node_age: float, node_alive: b
 
 
 def _refused(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return None if value is None else {k: _line(v) if isinstance(v, str) else v for k, v in value.items()}
+    return None if value is None else {k: v if v is None or type(v) is int else _line(v) for k, v in value.items()}
 
 
 def _line(value: Any) -> str:

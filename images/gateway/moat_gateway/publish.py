@@ -67,6 +67,7 @@ class Published:
         author: who pushed it.
         message: why.
         pushed_at: when, by the clock of who pushed.
+        notes: what a person should know, one line each.
     """
 
     revision: int
@@ -78,6 +79,7 @@ class Published:
     author: str
     message: str
     pushed_at: str
+    notes: tuple[str, ...] = ()
 
 
 def base(store: Store) -> Base:
@@ -162,7 +164,7 @@ def push(
         if before.made.content == revision.content_sha256(wanted.files):
             return _published(before.made, before.pointer, changed=False)
     _unmoved(store, before, wanted.base)
-    number = _number(store, before, wanted.number)
+    number, notes = _number(store, before, wanted.number)
     at = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
     for _ in range(_ATTEMPTS):
         raw = revision.build(
@@ -184,7 +186,7 @@ def push(
                 raise
             number += 1
             continue
-        return _move(store, made, raw, before, at, wanted.author)
+        return replace(_move(store, made, raw, before, at, wanted.author), notes=notes)
     raise PushConflict(
         f"no free number was found in {_ATTEMPTS} attempts",
         found=f"archives up to revision {number - 1}",
@@ -214,7 +216,7 @@ def carry(
     if before.pointer is not None and before.made is not None and before.made.manifest == brought.manifest:
         return _published(before.made, before.pointer, changed=False)
     _unmoved(store, before, base)
-    number = _number(store, before, brought.number)
+    number, _ = _number(store, before, brought.number)
     try:
         store.upload(number, archive)
     except Taken:
@@ -270,8 +272,8 @@ def _unmoved(store: Store, before: _Before, base: Base | None) -> None:
         raise revstore.conflict(store.describe(), before.pointer)
 
 
-def _number(store: Store, before: _Before, wanted: int | None) -> int:
-    """Return the number of the new revision: never one that a node would take for an older one."""
+def _number(store: Store, before: _Before, wanted: int | None) -> tuple[int, tuple[str, ...]]:
+    """Return the number of the new revision, never one that a node would take for an older one; and notes."""
     # A pointer that leads to nothing may say any number; it must not use them all up.
     there = before.number if before.made is not None else 0
     if wanted is not None:
@@ -282,13 +284,14 @@ def _number(store: Store, before: _Before, wanted: int | None) -> int:
                 expected=f"{there + 1} or more",
                 hint="numbers never go back: to return to an old content use `moat-gateway config rollback`",
             )
-        return wanted
+        return wanted, ()
     try:
-        served = fleet.highest(fleet.from_reports(store.reports()))
-    except StoreFailed:
-        served = 0  # no bucket of reports: nothing is known
-    near = max(there, served) + _LEAP
-    number = max(there, *(n for n in (0, before.number, *(s.number for s in store.list())) if n <= near)) + 1
+        found = fleet.from_reports(store.reports())
+    except (StoreFailed, BadRevision):
+        found = fleet.Fleet()  # no place of reports: nothing is known
+    # Numbers above these do not count: one node, or one archive, must not use up all that are left.
+    number = max(there, *(n for n in (0, before.number, *(s.number for s in store.list())) if n <= there + _LEAP)) + 1
+    served, strange = fleet.highest(found, number + _LEAP)
     if served >= number:
         raise OlderRevision(
             "the nodes have newer revisions than the store: they would refuse the next one",
@@ -296,7 +299,12 @@ def _number(store: Store, before: _Before, wanted: int | None) -> int:
             expected="a store that is not older than its nodes (was it restored from a backup?)",
             hint=f"look at what is in force with `moat-gateway config status`, then push with --revision {served + 1}",
         )
-    return number
+    notes = tuple(
+        f"the report of {who} was left out: it names a revision more than {_LEAP} above those in {store.describe()}; "
+        "look at that node"
+        for who in strange
+    )
+    return number, notes
 
 
 def _move(store: Store, made: Revision, raw: bytes, before: _Before, at: str, author: str) -> Published:

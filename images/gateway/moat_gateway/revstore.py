@@ -30,6 +30,7 @@ NODES = "nodes/"
 REPLICA = "replica"
 MAX_POINTER = 4096  # bytes; a real one is below 400
 MAX_REPORT = 1 << 20  # bytes of one node's report
+UNREADABLE = b""  # what stands for a report that is too large or no file, so that its node is named
 MAX_NUMBER = 2**53 - 1  # the largest that every JSON reader keeps
 
 _FIELDS = frozenset({"format", "revision", "object", "sha256", "size", "pushed_at", "author"})

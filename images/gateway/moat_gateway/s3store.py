@@ -250,7 +250,11 @@ class S3Store:
         for entry in entries:
             key, etag = entry["Key"], entry["ETag"]
             node = revstore.node_of(key.removeprefix(revstore.NODES))
-            if node is None or int(entry["Size"]) > revstore.MAX_REPORT:
+            if node is None:
+                continue
+            age = max(0.0, (now - entry["LastModified"]).total_seconds())
+            if int(entry["Size"]) > revstore.MAX_REPORT:
+                found[node] = NodeReport(revstore.UNREADABLE, age)
                 continue
             old = self._seen.get(key)
             if old is None or old[0] != etag:
@@ -260,7 +264,7 @@ class S3Store:
                 fields = answer.take(self._settings, f"read {key}", bucket)
                 old = str(fields["ETag"]), self._body(fields, revstore.MAX_REPORT, POINTER_TIMEOUT * 2, key)
             seen[key] = old
-            found[node] = NodeReport(old[1], max(0.0, (now - entry["LastModified"]).total_seconds()))
+            found[node] = NodeReport(old[1], age)
         self._seen = seen
         return found
 

@@ -8,6 +8,7 @@ file and its folder are synchronised too. Readers take regular files of a bounde
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import time
@@ -22,6 +23,7 @@ BOOT_ID_VARIABLE = "BOOT_ID"
 FILE_MODE = 0o640
 FOLDER_MODE = 0o750
 _JSON_MAX = 32 << 20  # bytes
+_LARGEST = 2**53 - 1  # the largest whole number that every JSON reader keeps
 
 Stamp = tuple[int, int, int, int]
 
@@ -98,6 +100,28 @@ def read_object(path: Path) -> dict[str, Any]:
     if value.get("format") != 1:
         raise Unusable(f"has the format {value.get('format')!r}; 1 is known")
     return value
+
+
+def whole(value: Any) -> int:
+    """Return a number that others wrote: of a revision, a process or the like. Python's JSON reads `Infinity`, too.
+
+    Raises:
+        ValueError: it is something else, below 0, or beyond what every JSON reader keeps.
+    """
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ValueError("no whole number")
+    return value
+
+
+def seconds(value: Any) -> float:
+    """Return a length of time that others wrote (s).
+
+    Raises:
+        ValueError: it is something else, below 0, or not finite.
+    """
+    if type(value) not in (int, float) or not 0 <= value <= _LARGEST or not math.isfinite(value):
+        raise ValueError("no number of seconds")
+    return float(value)
 
 
 def object_bytes(value: dict[str, Any]) -> bytes:

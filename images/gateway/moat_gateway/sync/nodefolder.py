@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from moat_gateway.errors import BadRevision
-from moat_gateway.sync.files import Unusable, boot_id, boottime, object_bytes, read_bytes, read_object, stamp
+from moat_gateway.sync.files import (
+    Unusable,
+    boot_id,
+    boottime,
+    object_bytes,
+    read_bytes,
+    read_object,
+    seconds,
+    stamp,
+    whole,
+)
 
 CURRENT = "current.json"
 SYNC = "sync.json"
@@ -272,9 +282,9 @@ def _sync_state(value: Mapping[str, Any]) -> SyncState:
     checked = value["checked_boottime"]
     return SyncState(
         node=str(value["node"]),
-        pid=int(value["pid"]),
+        pid=whole(value["pid"]),
         boot_id=str(value["boot_id"]),
-        checked_boottime=None if checked is None else float(checked),
+        checked_boottime=None if checked is None else seconds(checked),
         checked_at=_text(value["checked_at"]),
         source=SourceState(
             str(source["kind"]),
@@ -282,7 +292,7 @@ def _sync_state(value: Mapping[str, Any]) -> SyncState:
             None if source["reachable"] is None else bool(source["reachable"]),
             _text(source["why"]),
         ),
-        interval=float(value["interval"]),
+        interval=seconds(value["interval"]),
         pointer=_number(value["pointer"]),
         revision=_number(value["revision"]),
         last_refused=None
@@ -290,8 +300,8 @@ def _sync_state(value: Mapping[str, Any]) -> SyncState:
         else LastRefused(
             _number(refused["revision"]), str(refused["kind"]), str(refused["reason"]), str(refused["at"])
         ),
-        refused_total=int(value["refused_total"]),
-        turn=None if turn is None else Turn(str(turn["instance"]), int(turn["revision"]), str(turn["started_at"])),
+        refused_total=whole(value["refused_total"]),
+        turn=None if turn is None else Turn(str(turn["instance"]), whole(turn["revision"]), str(turn["started_at"])),
         degraded=tuple(str(d) for d in value.get("degraded", [])),
     )
 
@@ -301,4 +311,4 @@ def _text(value: Any) -> str | None:
 
 
 def _number(value: Any) -> int | None:
-    return None if value is None else int(value)
+    return None if value is None else whole(value)

@@ -23,7 +23,9 @@ from moat_gateway.sync.files import (
     object_bytes,
     read_object,
     replace,
+    seconds,
     stamp,
+    whole,
     write_new,
 )
 
@@ -208,16 +210,16 @@ def _report(value: Mapping[str, Any], name: str) -> Report:
     refused = value["last_refused"]
     return Report(
         name=name,
-        pid=int(value["pid"]),
+        pid=whole(value["pid"]),
         boot_id=str(value["boot_id"]),
-        beat_boottime=float(value["beat_boottime"]),
-        revision=int(value["revision"]),
+        beat_boottime=seconds(value["beat_boottime"]),
+        revision=whole(value["revision"]),
         sha256=None if value["sha256"] is None else str(value["sha256"]),
         applied_at=None if value["applied_at"] is None else str(value["applied_at"]),
         ready=value["ready"] is True,
         draining=value["draining"] is True,
         degraded=tuple(str(d) for d in value["degraded"]),
-        last_refused=None if refused is None else GatewayRefused(int(refused["revision"]), str(refused["reason"])),
+        last_refused=None if refused is None else GatewayRefused(whole(refused["revision"]), str(refused["reason"])),
         needs_restart=tuple(str(n) for n in value["needs_restart"]),
         started_at=str(value["started_at"]),
     )

@@ -139,7 +139,12 @@ def test_the_state_is_read_as_it_was_told(keeper: Keeper) -> None:
     assert nodefolder.read_sync(keeper.folder) == least
 
 
-@pytest.mark.parametrize("change", [{"node": None, "pid": None}, {"source": 3}, {"format": 0}, {"turn": {}}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"node": None, "pid": None}, {"source": 3}, {"format": 0}, {"turn": {}}, {"pid": float("inf")},
+     {"checked_boottime": float("nan")}, {"revision": float("inf")}],
+    ids=str,
+)  # fmt: skip
 def test_a_state_that_is_none_is_not_read(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "sync.json").write_text(json.dumps({**STATE.to_dict(), **change}))
     assert nodefolder.read_sync(tmp_path) is None

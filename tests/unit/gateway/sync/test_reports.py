@@ -54,9 +54,14 @@ def test_a_change_is_seen_and_an_end_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "another"}, {"format": 2}, {"revision": "x"}, {"degraded": None}, {"last_refused": 3}],
+    [
+        {"name": "another"}, {"format": 2}, {"revision": "x"}, {"degraded": None}, {"last_refused": 3},
+        # Python's JSON reads `Infinity` and `NaN`, and none of them may end config-sync.
+        {"pid": float("inf")}, {"revision": float("inf")}, {"revision": -1}, {"beat_boottime": float("inf")},
+        {"beat_boottime": float("nan")}, {"last_refused": {"revision": float("inf"), "reason": "x"}},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_is_no_report_is_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "gateway-1.json").write_text(json.dumps({**WHOLE.to_dict(), **change}))
     assert Reports(tmp_path).read() == {}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves, on a real folder, what reports and archives that others wrote can do to a push: be named, never stop it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moat_gateway import fleet, publish, revstore
+from moat_gateway.dirstore import DirectoryStore
+from moat_gateway.errors import OlderRevision
+from moat_gateway.publish import Published, Wanted
+from moat_gateway.sitekey import SigningKey
+
+FILES = {"config.yaml": b"a: 1\n", "keys.yaml": b"keys: []\n"}
+
+
+@dataclass
+class Site:
+    """A folder as store, and the key that signs."""
+
+    folder: Path
+    key: SigningKey = field(default_factory=SigningKey.generate)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        self.store = DirectoryStore(self.folder, limit=1 << 20)
+
+    def push(self, text: str = "a", **how: Any) -> Published:
+        wanted = Wanted({**FILES, "config.yaml": text.encode()}, "tester", "why", **how)
+        return publish.push(self.store, wanted, key=self.key, trusted=[self.key.public], limit=1 << 20)
+
+    def report(self, node: str, accepted: Any, **gateway: Any) -> None:
+        """Write a node's report as that node pleases."""
+        source = {"kind": "directory", "where": "w", "reachable": True, "why": None}
+        sync = {"revision": accepted, "pointer": 1, "source": source, "last_refused": None, "degraded": []}
+        one = {
+            "name": "g1", "pid": 1, "revision": 1, "sha256": None, "applied_at": None, "ready": True, "draining": False,
+            "degraded": [], "last_refused": None, "needs_restart": [], "started_at": "x", "age": 1.0, **gateway,
+        }  # fmt: skip
+        self.store.report(node, json.dumps({"format": 1, "sync": sync, "gateways": [one] if gateway else []}).encode())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path / "store")
+
+
+@pytest.mark.parametrize("number", [revstore.MAX_NUMBER - 1, 5_000_000])
+def test_one_report_with_a_number_that_cannot_be_is_named_and_uses_up_no_numbers(site: Site, number: int) -> None:
+    site.push("one")
+    site.report("broken", number)
+    site.report("pc2", 1, revision=number)
+    done = site.push("two")
+    assert done.revision == 2
+    assert [n.split(" was left out")[0] for n in done.notes] == ["the report of broken", "the report of pc2/g1"]
+    assert not any(str(number) in n for n in done.notes), "nobody is led to that number"
+    # A store that is older than its nodes is still noticed, by the reports that can be.
+    site.report("pc3", 9)
+    with pytest.raises(OlderRevision, match="newer revisions") as refused:
+        site.push("three")
+    assert "--revision 10" in refused.value.one_line()
+
+
+def test_archives_far_ahead_use_up_no_numbers_either(site: Site) -> None:
+    site.push("one")
+    (site.folder / "revisions" / str(revstore.MAX_NUMBER)).write_bytes(b"x")
+    site.report("broken", revstore.MAX_NUMBER)
+    assert site.push("two").revision == 2
+
+
+@pytest.mark.parametrize(
+    "gateway", [{"pid": float("inf")}, {"age": float("inf")}, {"age": float("nan")}, {"revision": -1}, {"pid": 1.5}],
+    ids=str,
+)  # fmt: skip
+def test_a_report_with_numbers_that_are_none_stops_nobody(site: Site, gateway: dict[str, Any]) -> None:
+    site.push("one")
+    site.report("broken", 1, **gateway)
+    site.report("pc2", 1, revision=1)
+    assert site.push("two").revision == 2
+    found = fleet.from_reports(site.store.reports())
+    assert [(n.name, n.degraded) for n in found.nodes] == [
+        ("broken", ("its report cannot be read",)),
+        ("pc2", ()),
+    ]
+
+
+def test_what_is_no_report_in_a_folder_is_named_and_stops_nobody(site: Site, tmp_path: Path) -> None:
+    site.push("one")
+    site.report("pc2", 1)
+    nodes = site.folder / "nodes"
+    (nodes / "large.json").write_bytes(b" " * (revstore.MAX_REPORT + 1))
+    (nodes / "link.json").symlink_to(tmp_path / "elsewhere")
+    (nodes / "folder.json").mkdir()
+    os.mkfifo(nodes / "pipe.json")
+    assert site.push("two").revision == 2
+    found = fleet.from_reports(site.store.reports())
+    bad = [n.name for n in found.nodes if n.degraded == ("its report cannot be read",)]
+    assert bad == ["folder", "large", "link", "pipe"]
+    assert site.store.forget("link")
+    assert site.store.forget("pipe")
