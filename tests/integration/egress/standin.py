@@ -147,6 +147,9 @@ class StandInSite:
         self.end()
         self.start()
 
+    def changes(self) -> list[str]:
+        return [f"{name} ended" for name, process in self._running.items() if process.poll() is not None]
+
     def requests(self) -> list[RequestResult]:
         return [self._ask(name, port) for name, port in PORTS.items()]
 

@@ -9,7 +9,8 @@ that come out of the bridges, and the names that are asked for inside of the con
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +51,10 @@ class ComposeSite:
         self._marks = marks.draw()
         #: Address and port of the packets that our own probes send.
         self._own: set[tuple[str, int]] = set()
+        #: What ran before the restart, and what runs since; when the restart began (seconds since 1970).
+        self._before: dict[str, Service] = {}
+        self._since: dict[str, Service] = {}
+        self._began = 0.0
         read_key(self._key_file)  # before anything is restarted
 
     def components(self) -> list[Component]:
@@ -168,11 +173,17 @@ class ComposeSite:
 
         Containers are not made anew: their logs stay, and what runs is what ran before.
         """
+        self._before, self._began = self._deployment.services(), time.time()
         compose = ["docker", "compose", "--project-directory", str(self._deployment.directory), "--progress", "quiet"]
         hint = "docker compose ps; docker compose logs"
         self._console.run([*compose, "stop"], error=EgressUnproven, what="stop the services", hint=hint)
         up = ["up", "--detach", "--wait", "--wait-timeout", _UP_SECONDS, "--no-recreate", "--pull", "never"]
         self._console.run([*compose, *up], error=EgressUnproven, what="start the services", hint=hint)
+        self._since = self._deployment.services()
+
+    def changes(self) -> list[str]:
+        """Say which services did not run from the restart to this moment; some do their work once and end."""
+        return changes(self._before, self._since, self._deployment.services(), self._began)
 
     # --- requests, probes, rules ---
 
@@ -207,3 +218,31 @@ class ComposeSite:
     def facts(self) -> dict[str, str]:
         """Return what is worth to know about the host."""
         return {"container engine": self._deployment.engine_version(), **endpoints.host_facts()}
+
+
+def changes(
+    before: Mapping[str, Service], since: Mapping[str, Service], now: Mapping[str, Service], began: float
+) -> list[str]:
+    """Say what did not run, or not all the time.
+
+    Args:
+        before: the services before the restart; empty if there was none.
+        since: right after the restart; empty if it did not come to its end.
+        now: at this moment.
+        began: when the restart began, in seconds since 1970.
+    """
+    found = []
+    for name in sorted({*before, *since, *now}):
+        service, first = now.get(name), since.get(name)
+        state = service.state if service else "gone"
+        ran = first is not None and first.pid != 0
+        # It had done its work and ended, and has done so again.
+        done = not ran and name in before and not before[name].pid and service is not None and service.started >= began
+        if service is None or not (service.pid or done):
+            word = "ended during the capture" if ran else "does not run"
+            found.append(f"{name} {word} ({state}): what it would try was not seen")
+        elif first is not None and (first.id, first.started) != (service.id, service.started):
+            found.append(f"{name} was started again during the capture: read `docker compose logs {name}`")
+        elif since and first is None:
+            found.append(f"{name} began to run during the capture: it was not watched from its start")
+    return found

@@ -196,6 +196,9 @@ class Site(Protocol):
     def restart(self, components: Sequence[Component]) -> None:
         """Restart the services while the layers watch, and wait until the site answers again."""
 
+    def changes(self) -> list[str]:
+        """Say which services did not run, or not all the time since the restart: what they would try was not seen."""
+
     def requests(self) -> list[RequestResult]:
         """Send a first request of every kind."""
 

@@ -188,6 +188,8 @@ def verify(
             with step("Probe, and read the rules in force"):
                 probes = site.probes()
                 rules = site.rules()
+                # To the end of the capture: a service that is down is as quiet as one that tries nothing.
+                capture.problems += site.changes()
         finally:
             with signals.deferred():
                 steps.append(Step(stamp(), "Remove everything that was set for the capture"))

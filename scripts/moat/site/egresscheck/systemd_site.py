@@ -2,13 +2,15 @@
 """A site that systemd runs: which units belong to it, how they are restarted, what is probed.
 
 The components are the gateways (``moat-gateway@N``) and every other service that is part of
-``moat.target`` (config-sync, MinIO, Valkey, nginx). Their processes are looked at as they run, not as the unit files
-say: a unit with processes of several users is several components with one name.
+``moat.target`` (config-sync, MinIO, Valkey, nginx), in whatever state: one that does not run is not started by us, and
+is a problem of the report, because what it would try is not seen. Their processes are looked at as they run, not as the
+unit files say: a unit with processes of several users is several components with one name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import pwd
 import re
 import subprocess
 import time
@@ -38,6 +40,7 @@ NGINX_CONF: Final = Path("/etc/moat/nginx/nginx.conf")
 VALKEY_CONF: Final = Path("/etc/moat/valkey/valkey.conf")
 #: The store and the counters first, the entrance last; between them systemd keeps its own order.
 _ORDER: Final = ("minio", "valkey", "config-sync", "gateway", "nginx")
+_RUNNING: Final = ("active", "reloading")
 _RESTART_SECONDS: Final = 900
 _READY_SECONDS: Final = 60
 
@@ -94,28 +97,33 @@ class SystemdSite:
         #: The allow-list of this run, with what the operator adds to it.
         self._given: tuple[str, ...] = ()
         self._answers: dict[str, tuple[list[Endpoint], tuple[str, ...]]] = {}
+        #: Each unit's main process after the restart inside the capture, and how often systemd had started it again.
+        self._restarted: dict[str, tuple[str, str]] = {}
 
     @staticmethod
     def is_here() -> bool:
         """Whether systemd runs this host and a part of a site on it."""
-        return Path("/run/systemd/system").is_dir() and bool(_units(GATEWAYS) or _units(TARGET))
+        return Path("/run/systemd/system").is_dir() and bool(
+            _units(GATEWAYS, "--state=active") or _units(TARGET, "--state=active")
+        )
 
     # --- what runs ---
 
     def units(self) -> list[str]:
-        """Return the site's services that run, in the order in which they are restarted."""
+        """Return the site's services, whether they run or not, in the order in which they are restarted."""
         parts = show(TARGET, "ConsistsOf").get("ConsistsOf", "").split()
-        found = [u for u in dict.fromkeys((*parts, *_units(GATEWAYS))) if u.endswith(".service")]
-        active = [
-            u for u in found if show(u, "ActiveState", "SubState") == {"ActiveState": "active", "SubState": "running"}
-        ]
-        return sorted(active, key=lambda u: (_place(component_name(u)), u))
+        found = [u for u in dict.fromkeys((*parts, *_units(GATEWAYS, "--all"))) if u.endswith(".service")]
+        return sorted(filter(_is_service, found), key=lambda u: (_place(component_name(u)), u))
 
     def components(self) -> list[Component]:
-        """List the services with the users that their processes run as."""
+        """List the services with the users that their processes run as; nothing if none of them runs."""
+        units = self.units()
+        if not any(is_up(show(u, "ActiveState")) for u in units):
+            return []
         found = []
-        for unit in self.units():
-            for uid in sorted(users_of(unit)):
+        for unit in units:
+            # Between two attempts of systemd to start it, a unit has no process, and will have one in a moment.
+            for uid in sorted(users_of(unit) or configured_user(unit)):
                 found.append(Component(component_name(unit), unit, uid))
         return found
 
@@ -179,8 +187,8 @@ class SystemdSite:
         ]
 
     def restart(self, components: Sequence[Component]) -> None:
-        """Restart every service; systemd answers when each says that it is ready."""
-        units = list(dict.fromkeys(c.unit for c in components))
+        """Restart every service that is not stopped; systemd answers when each says that it is ready."""
+        units = [u for u in dict.fromkeys(c.unit for c in components) if is_up(show(u, "ActiveState"))]
         self._console.info("+ systemctl restart " + " ".join(units))
         self._console.info("this takes as long as running streams are given, and a gateway needs to start")
         systemctl("restart", *units, seconds=_RESTART_SECONDS)
@@ -193,14 +201,32 @@ class SystemdSite:
                     expected="ActiveState=active",
                     hint=f"read `journalctl -u {unit} -n 50`; the capture has been undone",
                 )
+        self._restarted = {unit: _main(show(unit, "MainPID", "NRestarts")) for unit in units}
         # nginx sets a gateway aside that was away for a moment; the first request must not meet that.
         deadline = time.monotonic() + _READY_SECONDS
         target = self._target()
         while target.https_port and time.monotonic() < deadline and not systemd_probes.ready(target):
             time.sleep(0.5)
 
+    def changes(self) -> list[str]:
+        """Say which services did not run from the restart to this moment."""
+        found = []
+        for unit in dict.fromkeys((*self.units(), *self._restarted)):
+            now = show(unit, "ActiveState", "SubState", "Result", "MainPID", "NRestarts")
+            before = self._restarted.get(unit)
+            state = ", ".join(f"{key}={now.get(key)}" for key in ("ActiveState", "SubState", "Result"))
+            if now.get("ActiveState") not in _RUNNING or now.get("MainPID") == "0":
+                word = "does not run" if before is None else "ended during the capture"
+                found.append(f"{unit} {word} ({state}): what it would try was not seen")
+            elif before is not None and _main(now) != before:
+                pids = f"main process {before[0]}, then {_main(now)[0]}"
+                found.append(f"{unit} was started again during the capture ({pids}): read `journalctl -u {unit} -n 50`")
+            elif before is None and self._restarted:
+                found.append(f"{unit} began to run during the capture: it was not watched from its start")
+        return found
+
     def _target(self) -> Target:
-        units = self.units()
+        units = [u for u in self.units() if is_up(show(u, "ActiveState"))]
         address, port = entrance() if any(component_name(u) == "nginx" for u in units) else ("127.0.0.1", 0)
         gateways = []
         for unit in units:
@@ -224,11 +250,35 @@ class SystemdSite:
         return systemd_probes.rules()
 
 
-def _units(pattern: str) -> list[str]:
+def _units(pattern: str, *which: str) -> list[str]:
     with contextlib.suppress(EgressUnproven):
-        text = systemctl("list-units", pattern, "--no-legend", "--plain", "--state=active")
+        text = systemctl("list-units", pattern, "--no-legend", "--plain", *which)
         return [line.split()[0] for line in text.splitlines() if line.strip()]
     return []
+
+
+def is_up(state: Mapping[str, str]) -> bool:
+    """Whether a unit runs, or is about to."""
+    return state.get("ActiveState") in (*_RUNNING, "activating")
+
+
+def _is_service(unit: str) -> bool:
+    """Whether this is a unit that there is (others may only refer to it), and one that goes on running."""
+    state = show(unit, "LoadState", "ActiveState", "Type")
+    return (state.get("LoadState") == "loaded" or is_up(state)) and state.get("Type") != "oneshot"
+
+
+def _main(state: Mapping[str, str]) -> tuple[str, str]:
+    return state.get("MainPID", "0"), state.get("NRestarts", "0")
+
+
+def configured_user(unit: str) -> set[int]:
+    """Return the user that a unit's processes would have; nothing if the host does not know it."""
+    name = show(unit, "User").get("User") or "root"
+    try:
+        return {int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid}
+    except KeyError:
+        return set()
 
 
 def _place(name: str) -> int:

@@ -15,6 +15,8 @@ import pytest
 
 from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.bridges import Bridge, BridgesLayer, ruleset
+from moat.site.egresscheck.compose_site import changes
+from moat.site.egresscheck.containers import Service
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Component
 from moat.site.egresscheck.names import NamesLayer, Question, parse_packet, parse_question
@@ -157,3 +159,35 @@ def test_an_unreadable_packet_is_an_attempt() -> None:
     layer = bridges_layer()
     layer._handle(Event(1.0, "moat-core", None, None, None))
     assert [a.component for a in layer._attempts()] == ["unknown"]
+
+
+def service(name: str, pid: int, started: float, state: str = "running") -> Service:
+    return Service(
+        name=name, container=f"moat-{name}-1", id=f"id-{name}", state=state, pid=pid, uid=10102, started=started,
+        namespace=None, addresses={}, aliases=(), environ={}, argv=(), dns=(), extra_hosts=(), log_driver="",
+        log_options={}, ports={},
+    )  # fmt: skip
+
+
+def test_a_container_that_does_not_run_all_the_time_is_named() -> None:
+    before = {s.name: s for s in (service("minio", 7, 10), service("init", 0, 11, "exited"), service("model", 9, 12))}
+    since = {
+        s.name: s for s in (service("minio", 17, 110), service("init", 0, 111, "exited"), service("model", 19, 112))
+    }
+    assert changes(before, since, since, 100) == []
+    again = {**since, "model": service("model", 29, 120)}
+    assert changes(before, since, again, 100) == [
+        "model was started again during the capture: read `docker compose logs model`"
+    ]
+    ended = {**since, "minio": service("minio", 0, 110, "exited")}
+    assert changes(before, since, ended, 100) == [
+        "minio ended during the capture (exited): what it would try was not seen"
+    ]
+    del ended["minio"]
+    assert "minio ended during the capture (gone)" in changes(before, since, ended, 100)[0]
+    # It has done its work and ended, but not in this capture.
+    idle = {**since, "init": before["init"]}
+    assert changes(before, idle, idle, 100) == ["init does not run (exited): what it would try was not seen"]
+    # It had crashed before, came up with the others, and crashed again.
+    crashed = {**before, "model": service("model", 0, 12, "exited")}
+    assert "model ended" in changes(crashed, since, {**since, "model": service("model", 0, 112, "exited")}, 100)[0]

@@ -57,6 +57,7 @@ class OneSite:
         self._layers, self._log = list(layers), log
         self.fails: BaseException | None = None
         self.runs = [ONE]
+        self.changed: list[str] = []
 
     def components(self) -> list[Component]:
         return self.runs
@@ -71,6 +72,9 @@ class OneSite:
         self._log.append("restart")
         if self.fails is not None:
             raise self.fails
+
+    def changes(self) -> list[str]:
+        return self.changed
 
     def requests(self) -> list[RequestResult]:
         self._log.append("requests")
@@ -193,6 +197,14 @@ def test_a_request_that_is_not_answered_proves_nothing(tmp_path: Path) -> None:
     report, _ = verify(site, tmp_path)
     assert not report.proven
     assert "503" in report.problems[0]
+
+
+def test_a_service_that_did_not_run_all_the_time_proves_nothing(tmp_path: Path) -> None:
+    site = OneSite([OneLayer("packets", [])], [])
+    site.changed = ["minio.service ended during the capture"]
+    report, _ = verify(site, tmp_path)
+    assert report.problems == ("minio.service ended during the capture",)
+    assert not report.proven
 
 
 def test_nothing_runs(tmp_path: Path) -> None:
