@@ -74,6 +74,36 @@ def test_a_second_run_changes_nothing(node) -> None:
     assert set(recaps) == {"0"}, done.stdout[-4000:]
 
 
+def test_what_a_killed_run_had_placed_reaches_the_services_by_the_next_one(node) -> None:
+    """Both runs are held up where the new unit is written and nothing is restarted yet, and are killed there."""
+    change = {
+        "minio": ("minio.service", "minio_memory_max=1100"),
+        "valkey": ("valkey-server.service", "valkey_memory=96"),
+    }
+    before = {tag: node.pid(unit) for tag, (unit, _) in change.items()}
+    node.ok("sh", "-c", "printf '#!/bin/sh\nexec sleep 600\n' >/run/slow && chmod 755 /run/slow")
+    node.ok("mount", "--bind", "/run/slow", "/usr/bin/diff")
+    try:
+        for tag, (_, value) in change.items():
+            command = f"exec moat-site site --tags {tag} -e {value} >/run/change.log 2>&1"
+            node.ok("systemd-run", "--quiet", "--collect", "--unit=change", "--service-type=exec", "sh", "-c", command)
+            give_up = time.monotonic() + 120
+            while node.run("pgrep", "-f", "sleep 600").returncode != 0:
+                assert time.monotonic() < give_up, node.ok("cat", "/run/change.log")[-3000:]
+                time.sleep(0.2)
+            node.ok("systemctl", "kill", "--signal=KILL", "change")
+            while node.show("change", "LoadState")["LoadState"] != "not-found":
+                assert time.monotonic() < give_up
+                time.sleep(0.1)
+    finally:
+        node.ok("umount", "/usr/bin/diff")
+    assert {tag: node.pid(unit) for tag, (unit, _) in change.items()} == before
+    values = [word for _, value in change.values() for word in ("-e", value)]
+    node.ok("moat-site", "site", "--tags", ",".join(change), *values)
+    after = {tag: node.pid(unit) for tag, (unit, _) in change.items()}
+    assert not set(after.values()) & set(before.values()), (before, after)
+
+
 def test_a_client_is_answered(node, client_key: str) -> None:
     assert node.chat(client_key).status == 200
     assert node.chat(client_key, stream=True).done

@@ -96,6 +96,52 @@ def test_a_drain_waits_for_requests_alone(code: int, stdout: str, ended: bool, f
     assert holds(wait["failed_when"], __drain_status=status) is failed
 
 
+# --- what a run that was cut left undone ---
+
+
+def cut_short(role_name: str, tasks: str, noted: dict[str, Any], now: dict[str, Any], rc: int = 0) -> tuple[str, bool]:
+    """Return how a service is started where ``noted`` was found then, and whether it is given its certificate anew."""
+    variables = trusted(load(f"roles/{role_name}/vars/main.yml"))
+    short = {"minio": "_minio_state | join('\n')", "valkey": "_valkey_state"}[role_name]
+    text = str(engine(**variables, **noted).template(trust_as_template("{{ " + short + " }}"))) if noted else ""
+    known = {
+        f"__{role_name}_noted": {"stdout": text, "stdout_lines": text.splitlines()},
+        f"__{role_name}_credentials": {"rc": rc},
+        f"__{role_name}_started": {"changed": False},
+    }
+    steps = load(f"roles/{role_name}/tasks/{tasks}.yml")
+    start = task(steps, {"minio": "Start the store", "valkey": "Start the counters"}[role_name])
+    values = {**variables, **known, **now}
+    state = engine(**values).template(trusted(start["ansible.builtin.systemd_service"]["state"]))
+    reload = [t["when"] for t in steps if t["name"] == "Give the running store its new certificate"]
+    return str(state), bool(reload) and holds(reload[0], **values)
+
+
+def store(link: str = "releases/a", unit: str = "1  unit", pair: str = "2  public.crt") -> dict[str, Any]:
+    return {"__minio_link": {"stdout": link}, "__minio_sums": {"results": [{"stdout": unit}, {"stdout": pair}]}}
+
+
+def test_the_store_is_given_what_a_run_that_was_cut_had_placed() -> None:
+    def asked(noted: dict[str, Any], now: dict[str, Any], rc: int = 0) -> tuple[str, bool]:
+        return cut_short("minio", "configure", noted, now, rc)
+
+    assert asked(store(), store()) == ("started", False)
+    assert asked(store(), store(link="releases/b"))[0] == "restarted"
+    assert asked(store(), store(unit="3  unit"))[0] == "restarted"
+    assert asked(store(), store(pair="4  public.crt")) == ("started", True)
+    assert asked(store(), store(), rc=1)[0] == "restarted"
+    # Nothing was noted: the first start, or a release from before the note.
+    assert asked({}, store())[0] == "restarted"
+
+
+def test_the_counters_are_given_what_a_run_that_was_cut_had_placed() -> None:
+    one, other = ({"__valkey_sums": {"stdout": f"{n}  valkey.conf\n{n}  moat.conf"}} for n in "12")
+    assert cut_short("valkey", "main", one, one)[0] == "started"
+    assert cut_short("valkey", "main", one, other)[0] == "restarted"
+    assert cut_short("valkey", "main", one, one, rc=1)[0] == "restarted"
+    assert cut_short("valkey", "main", {}, one)[0] == "restarted"
+
+
 # --- values that arrive as text ---
 
 

@@ -112,6 +112,12 @@ def test_each_task_uses_a_module_that_is_there(path: Path, task: dict[str, Any])
     assert str(task.get("name", "")[:1]).isupper(), f"{path}: a task without a name that is a sentence"
 
 
+def test_nothing_is_left_to_a_handler() -> None:
+    """A run that is killed between a change and its handler forgets the handler, and the next one sees no change."""
+    assert [(p.name, t["name"]) for p, t in every_task() if "notify" in t] == []
+    assert list(ANSIBLE.glob("roles/*/handlers")) == []
+
+
 @pytest.mark.parametrize("path", PLAYBOOKS, ids=lambda p: p.name)
 def test_the_second_line_of_a_playbook_says_what_it_does(path: Path) -> None:
     """``moat-site`` shows it."""
