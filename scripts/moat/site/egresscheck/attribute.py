@@ -4,8 +4,8 @@
 The layer of the system calls knows the process, the one of the packets knows the protocol: an attempt
 without a process takes it from a call of the same component to the same address and port at about the
 same time. Two layers that saw one attempt are two lines of evidence. One thing only is left out: the call that
-carries a question to the host's name server, where the ``dns`` layer watched. It has the question itself and
-judges it by its name; whatever else is sent there arrives at the sinkhole too, and is reported by it.
+carries a question to the host's name server, where the ``dns`` layer watched, and has that question or answered it
+because its name is on the allow-list. A call to a name server that no question belongs to is an attempt.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from moat.site.egresscheck.who import OR
 
 #: A call and its packet are microseconds apart; clocks and queues are given this much (seconds).
 _NEAR: Final = 2.0
+#: A question reaches the sinkhole at once, and is read when its thread comes to it.
+_CARRIED: Final = 10.0
+#: The layer of an :class:`Attempt` that is none: a question that was answered truly, which explains its call.
+ANSWERED: Final = "answered"
 #: The layers that see packets, of a host's services and of containers.
 _PACKETS: Final = frozenset({"packets", "bridges"})
 
@@ -55,9 +59,12 @@ def attribute(
     calls = _Timeline(a for a in seen if a.layer == "syscalls")
     packets = _Timeline(a for a in seen if a.layer in _PACKETS)
     asking = [a for a in seen if a.layer == "syscalls" and _target(a).endswith(":53")]
-    carried = frozenset(a for a in asking if _address(a) in name_servers)
+    questions = sorted((_seconds(a), a.component) for a in seen if a.layer in ("dns", ANSWERED))
+    carried = {a for a in asking if _address(a) in name_servers and _has_question(a, questions, shares)}
     result = []
     for a in seen:
+        if a.layer == ANSWERED:
+            continue
         better = a
         if a.layer == "dns" and a.process.startswith("uid "):
             better = _asked_by(a, asking, shares)
@@ -76,6 +83,18 @@ def attribute(
             better = replace(better, detail=_joined(better.detail, f"this address was the sinkhole's answer to {name}"))
         result.append(better)
     return sorted(_same_asker(result, shares), key=lambda a: (a.when, a.layer, a.destination))
+
+
+def _has_question(call: Attempt, questions: Sequence[tuple[float, str]], shares: Mapping[int, list[str]]) -> bool:
+    """Whether a question of the same component came at the time of a call to a name server."""
+    when = _seconds(call)
+    at = bisect.bisect_left(questions, when - _NEAR, key=lambda q: q[0])
+    while at < len(questions) and questions[at][0] <= when + _CARRIED:
+        component = questions[at][1]
+        if component == call.component or _alike(component, call.component, shares):
+            return True
+        at += 1
+    return False
 
 
 def _asked_by(a: Attempt, asking: Sequence[Attempt], shares: Mapping[int, list[str]]) -> Attempt:

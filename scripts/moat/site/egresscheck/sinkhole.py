@@ -26,6 +26,7 @@ from typing import Final
 
 from moat.site.egresscheck import control, dnswire
 from moat.site.egresscheck.allow import Allowed
+from moat.site.egresscheck.attribute import ANSWERED
 from moat.site.egresscheck.leftovers import DNS_TABLE
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
@@ -56,12 +57,15 @@ class _Port:
 
 @dataclass
 class _Connection:
-    """One TCP connection of a client."""
+    """One TCP connection. ``who``: process and component; ``total``: bytes so far; ``judged``: messages among them."""
 
     port: _Port
-    peer: int
     until: float
+    when: str
+    who: tuple[str, str]
     data: bytes = b""
+    total: int = 0
+    judged: int = 0
 
 
 def ruleset(ports: Sequence[tuple[int, str, int, int]]) -> str:
@@ -92,6 +96,8 @@ class DnsLayer:
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
         self._attempts: list[Attempt] = []
+        #: Questions that were answered truly, one a second and component: each explains the call that carried it.
+        self._answered: dict[tuple[str, int], Attempt] = {}
         self._given: dict[str, int] = {}
         self._controls: set[int] = set()
         self._caught: set[int] = set()
@@ -150,17 +156,20 @@ class DnsLayer:
 
     def _datagram(self, port: _Port) -> None:
         data, peer = port.socket.recvfrom(_MAX_MESSAGE)
-        reply = self._answer(data, port, int(peer[1]))
+        reply = self._answer(data, port, *self._whose(port, int(peer[1])))
         if reply:
             port.socket.sendto(reply, peer)
 
     def _accept(self, port: _Port) -> None:
         connection, peer = port.socket.accept()
+        # Now: a client that sends nothing may be gone when that is known.
+        who = self._whose(port, int(peer[1]))
         if sum(isinstance(k.data, _Connection) for k in self._selector.get_map().values()) >= _MAX_CONNECTIONS:
             connection.close()
+            self._enter(*who, f"tcp port 53: a connection that was not taken, {_MAX_CONNECTIONS} were open", "")
             return
         connection.setblocking(False)
-        c = _Connection(port, int(peer[1]), time.monotonic() + _CONNECTION_SECONDS)
+        c = _Connection(port, time.monotonic() + _CONNECTION_SECONDS, stamp(), who)
         self._selector.register(connection, selectors.EVENT_READ, c)
 
     def _read(self, s: socket.socket, c: _Connection) -> None:
@@ -169,31 +178,46 @@ class DnsLayer:
         except OSError:
             data = b""
         c.data += data
+        c.total += len(data)
         while data and len(c.data) >= 2 and len(c.data) >= 2 + (size := int.from_bytes(c.data[:2], "big")):
-            reply = self._answer(c.data[2 : 2 + size], c.port, c.peer)
+            reply = self._answer(c.data[2 : 2 + size], c.port, *c.who)
+            c.judged += 1
             c.data = c.data[2 + size :]
             if not reply:
                 data = b""
                 break
-            s.sendall(struct.pack(">H", len(reply)) + reply)
+            try:
+                s.sendall(struct.pack(">H", len(reply)) + reply)
+            except OSError:
+                data = b""  # it asked and did not wait
+                break
         if not data or len(c.data) > _MAX_MESSAGE + 2:
-            self._selector.unregister(s)
-            s.close()
+            self._close(s, c)
 
-    def _drop_idle(self) -> None:
+    def _close(self, s: socket.socket, c: _Connection) -> None:
+        """End a connection, and log what came over it and was no question: nothing at all counts, too."""
+        self._selector.unregister(s)
+        s.close()
+        if not c.judged or c.data:
+            size = len(c.data) if c.judged else c.total
+            self._malformed += 1
+            self._enter(*c.who, f"tcp port 53: {size} bytes that are no query", "", c.when)
+
+    def _drop_idle(self, *, every: bool = False) -> None:
         now = time.monotonic()
         for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, _Connection) and key.data.until < now:
-                self._selector.unregister(key.fileobj)
-                key.fileobj.close()  # type: ignore[union-attr]
+            if isinstance(key.data, _Connection) and (every or key.data.until < now):
+                self._close(key.fileobj, key.data)  # type: ignore[arg-type]
 
-    def _answer(self, data: bytes, port: _Port, peer: int) -> bytes | None:
-        """Log a question and return the response; ``None`` for what is none."""
-        question = dnswire.parse(data)
-        # The client waits for us: its socket still exists.
+    def _whose(self, port: _Port, peer: int) -> tuple[str, str]:
+        """Return process and component of a client that waits for us: its socket still exists."""
         pid = self._who.process_of_port(port.protocol, peer, port.uid)
         process = self._who.words(pid) if pid is not None else f"uid {port.uid}"
-        component = self._who.component(port.uid, pid) or "unknown"
+        return process, self._who.component(port.uid, pid) or "unknown"
+
+    def _answer(self, data: bytes, port: _Port, process: str, component: str) -> bytes | None:
+        """Log a question and return the response; ``None`` for what is none."""
+        question = dnswire.parse(data)
         if question is None:
             self._malformed += 1
             text = f"{port.protocol} port 53: {len(data)} bytes that are no query"
@@ -202,6 +226,8 @@ class DnsLayer:
         name = question.name.rstrip(".")
         entry = self._allowed.get(name)
         if entry is not None:
+            said = Attempt(stamp(), ANSWERED, process, component, f"name {question.name} ({question.kind_name})")
+            self._answered.setdefault((component, int(time.time())), said)
             return dnswire.answer(question, [str(n.network_address) for n in entry.networks if n.num_addresses == 1])
         if name == self._marks.name:
             self._caught.add(port.uid)
@@ -212,8 +238,8 @@ class DnsLayer:
         self._enter(process, component, f"name {question.name} ({question.kind_name})", detail)
         return dnswire.answer(question, addresses if question.kind != 12 else None)
 
-    def _enter(self, process: str, component: str, destination: str, detail: str) -> None:
-        self._attempts.append(Attempt(stamp(), self.name, process, component, destination, detail))
+    def _enter(self, process: str, component: str, destination: str, detail: str, when: str = "") -> None:
+        self._attempts.append(Attempt(when or stamp(), self.name, process, component, destination, detail))
 
     def _addresses(self, name: str) -> list[str]:
         """Return the addresses that stand for a name: the same ones each time it is asked for."""
@@ -260,6 +286,8 @@ class DnsLayer:
         if self._thread is not None:
             self._thread.join(timeout=10)
             self._thread = None
+        if self._selector.get_map():
+            self._drop_idle(every=True)
         for key in list((self._selector.get_map() or {}).values()):
             key.fileobj.close()  # type: ignore[union-attr]
         for port in self._ports:
@@ -269,4 +297,4 @@ class DnsLayer:
         missing = self._controls - self._caught
         self.problems += [f"the control as {control.name_of(uid)} was not caught" for uid in sorted(missing)]
         self._controls = set()
-        return self._attempts
+        return [*self._attempts, *self._answered.values()]

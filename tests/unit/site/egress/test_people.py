@@ -11,7 +11,7 @@ import pytest
 
 from moat.errors import EgressUnproven
 from moat.site.egresscheck.allow import parse
-from moat.site.egresscheck.attribute import attribute, name_servers
+from moat.site.egresscheck.attribute import ANSWERED, attribute, name_servers
 from moat.site.egresscheck.marks import draw
 from moat.site.egresscheck.model import Attempt, Component
 from moat.site.egresscheck.packets import ruleset
@@ -169,20 +169,39 @@ def test_the_name_behind_an_address_is_told() -> None:
     assert found.detail == "refused; this address was the sinkhole's answer to api.example.com"
 
 
-def test_only_the_way_to_the_name_server_is_left_out_and_only_if_names_were_watched() -> None:
+def test_only_the_way_of_a_question_to_the_name_server_is_left_out_and_only_if_names_were_watched() -> None:
     seen = [
         attempt("syscalls", "1/x", "nginx", "udp 10.0.0.53:53"),
         attempt("syscalls", "1/x", "nginx", "udp 10.0.0.53:853"),
         attempt("syscalls", "1/x", "nginx", "udp 203.0.113.53:53"),
         attempt("packets", "1/x", "nginx", "udp 10.0.0.53:53"),
+        attempt("dns", "1/x", "nginx", "name api.example.com (A)"),
     ]
-    assert len(attribute(seen, GATEWAYS)) == 4
+    assert len(attribute(seen, GATEWAYS)) == 5
     left = attribute(seen, GATEWAYS, name_servers=frozenset({"10.0.0.53"}))
     assert sorted((a.layer, a.destination) for a in left) == [
+        ("dns", "name api.example.com (A)"),
         ("packets", "udp 10.0.0.53:53"),
         ("syscalls", "udp 10.0.0.53:853"),
         ("syscalls", "udp 203.0.113.53:53"),
     ]
+
+
+def test_a_call_to_the_name_server_that_no_question_belongs_to_is_an_attempt() -> None:
+    call = attempt("syscalls", "1/x", "nginx", "tcp 10.0.0.53:53")
+    servers = frozenset({"10.0.0.53"})
+    assert attribute([call], GATEWAYS, name_servers=servers) == [call]
+    others = attempt("dns", "2/y", "gateway-1", "name api.example.com (A)")
+    assert call in attribute([call, others], GATEWAYS, name_servers=servers)
+    later = attempt("dns", "1/x", "nginx", "name api.example.com (A)", second=30)
+    assert call in attribute([call, later], GATEWAYS, name_servers=servers)
+
+
+def test_a_question_that_was_answered_truly_explains_its_call_and_is_no_attempt() -> None:
+    call = attempt("syscalls", "7/python3", "gateway-2", "udp 10.0.0.53:53")
+    answered = attempt(ANSWERED, "uid 990", "gateway-1 or gateway-2", "name llm.site.example (A)")
+    assert attribute([call, answered], GATEWAYS, name_servers=frozenset({"10.0.0.53"})) == []
+    assert attribute([call, answered], GATEWAYS) == [call]
 
 
 def test_a_question_learns_its_process_if_just_one_spoke_to_the_name_server() -> None:
@@ -191,8 +210,9 @@ def test_a_question_learns_its_process_if_just_one_spoke_to_the_name_server() ->
     two = attempt("syscalls", "8/python3", "gateway-1", "connect 10.0.0.53:53")
     other = attempt("syscalls", "9/minio", "minio", "udp 10.0.0.53:53")
     servers = frozenset({"10.0.0.53"})
-    (found,) = attribute([question, one, other], GATEWAYS, name_servers=servers)
+    found, unasked = attribute([question, one, other], GATEWAYS, name_servers=servers)
     assert (found.process, found.component) == ("7/python3", "gateway-2")
+    assert unasked == other
     assert attribute([question, one, two], GATEWAYS, name_servers=servers) == [question]
     again = attempt("dns", "uid 990", "gateway-1 or gateway-2", "name api.example.com (A)", second=9)
     assert {a.process for a in attribute([question, again, one], GATEWAYS, name_servers=servers)} == {"7/python3"}
