@@ -172,8 +172,11 @@ class Console:
         cwd: str | None = None,
         stdin: bytes | None = None,
         show: bool = True,
+        own_session: bool = False,
     ) -> str:
         """Run a program from a list, printed before it runs, and return its stdout.
+
+        ``own_session``: a Ctrl-C at the terminal is ours alone and does not reach it.
 
         Raises:
             MoatError: of class ``error`` when it cannot be started or exits non-zero; the
@@ -190,6 +193,7 @@ class Console:
                 input=stdin,
                 capture_output=True,
                 check=False,
+                start_new_session=own_session,
             )
         except OSError as e:
             raise error(f"{what}: cannot start {argv[0]}", found=str(e), hint=hint) from e

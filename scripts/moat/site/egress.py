@@ -90,7 +90,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with signals.ended_once():
         site = _site(args.site, args.dir, args.key_file, console)
         options = Options(quiet_seconds=args.quiet_seconds, allow=tuple(args.allow))
-        report = verify(site, options, console)
+        try:
+            report = verify(site, options, console)
+        except KeyboardInterrupt:
+            console.warn("interrupted: what was done for the capture is undone, and there is no report")
+            raise
         command = shlex.join(["moat", *sys.argv[1:]])
         report = replace(report, host={**report.host, "command": command})
         # Imported here: the page is a large module, and no part of a capture that has to be undone.

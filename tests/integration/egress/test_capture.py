@@ -251,6 +251,51 @@ def test_what_the_run_could_not_remove_is_left_to_the_watcher(tmp_path: Path) ->
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_what_a_killed_run_did_inside_containers_is_undone(tmp_path: Path) -> None:
+    """The containers run again, and the way that a probe made in one of them is gone."""
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
+    docker.chmod(0o755)
+    container = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "ip link set lo up; echo up; exec sleep 60"], stdout=-1
+    )
+    program = (
+        "import os, signal, subprocess, sys; from pathlib import Path; from moat.console import Console\n"
+        "from moat.site.egresscheck import leftovers\n"
+        "with leftovers.only_one(Console(), Path(sys.argv[1])):\n"
+        "    leftovers.note_stopped(Path('/opt/my site'))\n"
+        "    leftovers.note_way(int(sys.argv[2]), '198.51.100.7')\n"
+        "    ip = ['nsenter', '--target', sys.argv[2], '--net', 'ip', 'route']\n"
+        "    subprocess.run([*ip, 'add', '198.51.100.7/32', 'dev', 'lo'], check=True)\n"
+        "    subprocess.run(ip); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    lock = tmp_path / "lock"
+    try:
+        assert container.stdout is not None
+        container.stdout.readline()
+        done = subprocess.run(
+            ["unshare", "--net", sys.executable, "-c", program, str(lock), str(container.pid)],
+            env={**ENVIRONMENT, "PATH": f"{docker.parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+        assert "198.51.100.7 dev lo" in done.stdout
+        deadline = time.monotonic() + 20
+        while lock.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ways = ["nsenter", "--target", str(container.pid), "--net", "ip", "route"]
+        assert subprocess.run(ways, capture_output=True, text=True).stdout == ""
+    finally:
+        container.kill()
+        container.communicate()
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "compose --project-directory /opt/my site stop",
+        "compose --project-directory /opt/my site up --detach --no-recreate --pull never",
+    ]
+    assert lock.read_text() == ""
+
+
 def test_a_terminated_run_cleans_up_and_a_second_one_is_refused_meanwhile(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from moat.console import Console\n"

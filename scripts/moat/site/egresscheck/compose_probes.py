@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from moat.console import Console
-from moat.site.egresscheck import bridges
+from moat.site.egresscheck import bridges, leftovers
 from moat.site.egresscheck.bridges import Bridge
 from moat.site.egresscheck.containers import Deployment, Service
 from moat.site.egresscheck.marks import Marks
@@ -193,6 +193,7 @@ def _way(sender: Service, bridge: Bridge, address: str) -> Iterator[None]:
     """Give a container a way to one address by a bridge, for a moment: a missing one must not be what holds."""
     ip = ["nsenter", "--target", str(sender.pid), "--net", "--", "ip", "route"]
     route = [f"{address}/32", "via", bridge.gateway]
+    note = leftovers.note_way(sender.pid, address)
     done = subprocess.run([*ip, "add", *route], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OSError(f"no way could be made: {done.stderr.strip()[-200:]}")
@@ -200,6 +201,7 @@ def _way(sender: Service, bridge: Bridge, address: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run([*ip, "del", *route], capture_output=True, check=False)
+        leftovers.strike(note)
 
 
 def rules_in_force() -> str:

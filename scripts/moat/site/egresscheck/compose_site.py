@@ -16,7 +16,7 @@ from typing import Final
 
 from moat.console import Console
 from moat.errors import EgressUnproven
-from moat.site.egresscheck import compose_probes, endpoints, marks
+from moat.site.egresscheck import compose_probes, endpoints, leftovers, marks, signals
 from moat.site.egresscheck.allow import Allowed, parse
 from moat.site.egresscheck.bridges import BridgesLayer
 from moat.site.egresscheck.containers import Deployment, Service
@@ -174,12 +174,22 @@ class ComposeSite:
         Containers are not made anew: their logs stay, and what runs is what ran before.
         """
         self._before, self._began = self._deployment.services(), time.time()
-        compose = ["docker", "compose", "--project-directory", str(self._deployment.directory), "--progress", "quiet"]
-        hint = "docker compose ps; docker compose logs"
-        self._console.run([*compose, "stop"], error=EgressUnproven, what="stop the services", hint=hint)
-        up = ["up", "--detach", "--wait", "--wait-timeout", _UP_SECONDS, "--no-recreate", "--pull", "never"]
-        self._console.run([*compose, *up], error=EgressUnproven, what="start the services", hint=hint)
+        self._console.info("an interruption takes effect when the services run again")
+        with signals.deferred():
+            note = leftovers.note_stopped(self._deployment.directory)
+            try:
+                self._compose("stop", what="stop the services")
+            finally:  # whichever of them were stopped
+                up = (*leftovers.UP, "--wait", "--wait-timeout", _UP_SECONDS)
+                self._compose(*up, what="start the services")
+            leftovers.strike(note)
         self._since = self._deployment.services()
+
+    def _compose(self, *words: str, what: str) -> None:
+        compose = ["docker", "compose", "--project-directory", str(self._deployment.directory), "--progress", "quiet"]
+        start = f"docker compose --project-directory {self._deployment.directory} up --detach"
+        hint = f"see `docker compose ps` and `docker compose logs`; what is stopped: `{start}`"
+        self._console.run([*compose, *words], error=EgressUnproven, what=what, hint=hint, own_session=True)
 
     def changes(self) -> list[str]:
         """Say which services did not run from the restart to this moment; some do their work once and end."""

@@ -228,8 +228,8 @@ def _unanswered(requests: Sequence[RequestResult]) -> list[str]:
 
 
 def _not_removed(still: Sequence[str]) -> list[str]:
-    """The site is not as it was: its services go on being cut off from what the capture refused them."""
-    return [f"what was set for the capture could not be removed: {what}" for what in still]
+    """The site is not as it was: it goes on being cut off from what the capture refused it, or does not run."""
+    return [f"what was done for the capture could not be undone: {what}" for what in still]
 
 
 def _quiet(seconds: float, console: Console, sleep: Callable[[float], None]) -> None:

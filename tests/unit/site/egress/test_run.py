@@ -186,7 +186,7 @@ def test_what_cannot_be_removed_is_a_problem_of_the_report(tmp_path: Path, monke
     monkeypatch.setattr(leftovers, "remove", lambda console: ["the table inet moat_capture"])
     log: list[str] = []
     report, _ = verify(OneSite([OneLayer("packets", log)], log), tmp_path)
-    assert report.problems == ("what was set for the capture could not be removed: the table inet moat_capture",)
+    assert report.problems == ("what was done for the capture could not be undone: the table inet moat_capture",)
     assert not report.ok
 
 
