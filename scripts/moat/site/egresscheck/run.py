@@ -24,6 +24,7 @@ from moat.site.egresscheck.marks import CONTROL
 from moat.site.egresscheck.model import (
     Attempt,
     Component,
+    Endpoint,
     Layer,
     LayerResult,
     NotAvailable,
@@ -158,9 +159,7 @@ def verify(
                 )
             for c in components:
                 console.info(f"{c.name:<12} {c.unit} (user id {c.uid})")
-            endpoints = site.endpoints()
-            # The site's own list first; the operator's words of this run are added to it.
-            allowed = tuple(dict.fromkeys((*getattr(site, "allowed", lambda: ())(), *options.allow)))
+            endpoints, allowed = _configured(site, options)
         capture = Capture(console)
         requests: list[RequestResult] = []
         probes: list[Probe] = []
@@ -172,6 +171,10 @@ def verify(
             try:
                 with step("Restart the services inside the capture"):
                     site.restart(components)
+                with step("Read again what the restarted services are configured with"):
+                    before = allowed
+                    endpoints, allowed = _configured(site, options)
+                    capture.problems += _differences(before, allowed, components, site.components())
                 with step("Send a first request of every kind"):
                     requests = site.requests()
                     for r in requests:
@@ -218,6 +221,32 @@ def verify(
             steps=tuple(steps),
             allowed=allowed,
         )
+
+
+def _configured(site: Site, options: Options) -> tuple[list[Endpoint], tuple[str, ...]]:
+    """Return what the configuration names, and the allow-list: the site's own first, then the operator's words."""
+    endpoints = site.endpoints()
+    return endpoints, tuple(dict.fromkeys((*getattr(site, "allowed", lambda: ())(), *options.allow)))
+
+
+def _differences(
+    before: Sequence[str], allowed: Sequence[str], watched: Sequence[Component], now: Sequence[Component]
+) -> list[str]:
+    """Say where the capture was set up by something else than what took force with the restart."""
+    found = []
+    if set(before) != set(allowed):
+        gone = ", ".join(a for a in before if a not in allowed) or "nothing"
+        new = ", ".join(a for a in allowed if a not in before) or "nothing"
+        found.append(
+            f"the allow-list changed with the restart ({gone} is no more on it, {new} is new), and the capture went by "
+            "the one before: run it again"
+        )
+    # Root is known by its control group, everyone else by the user.
+    known = {(c.name, c.uid) for c in watched}
+    for c in now:
+        if c.uid != 0 and (c.name, c.uid) not in known:
+            found.append(f"{c.name} runs as user {c.uid} since its restart, who was not watched: run it again")
+    return found
 
 
 def _unanswered(requests: Sequence[RequestResult]) -> list[str]:

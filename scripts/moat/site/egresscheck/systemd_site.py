@@ -202,6 +202,8 @@ class SystemdSite:
                     hint=f"read `journalctl -u {unit} -n 50`; the capture has been undone",
                 )
         self._restarted = {unit: _main(show(unit, "MainPID", "NRestarts")) for unit in units}
+        # The answers were those of the processes before: a file that was changed since takes force only now.
+        self._answers, self._allowed = {}, None
         # nginx sets a gateway aside that was away for a moment; the first request must not meet that.
         deadline = time.monotonic() + _READY_SECONDS
         target = self._target()

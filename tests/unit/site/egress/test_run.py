@@ -7,6 +7,7 @@ Layers and site here are small and deterministic; the real ones are in tests/int
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,27 @@ def test_a_service_that_did_not_run_all_the_time_proves_nothing(tmp_path: Path) 
     report, _ = verify(site, tmp_path)
     assert report.problems == ("minio.service ended during the capture",)
     assert not report.proven
+
+
+def test_what_took_force_with_the_restart_is_reported_and_proves_nothing(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    class Reconfigured(OneSite):
+        def endpoints(self) -> list[Endpoint]:
+            return [Endpoint("api_base", "new:1" if "restart" in log else "old:1", "restart" not in log)]
+
+        def allowed(self) -> tuple[str, ...]:
+            return ("10.0.0.1:1",) if "restart" in log else ("10.0.0.0/8", "10.0.0.1:1")
+
+        def components(self) -> list[Component]:
+            return [ONE, replace(ONE, uid=0), replace(ONE, uid=64899)] if "restart" in log else [ONE]
+
+    report, _ = verify(Reconfigured([OneLayer("packets", log)], log), tmp_path)
+    assert report.endpoints == (Endpoint("api_base", "new:1", False),)
+    assert report.allowed == ("10.0.0.1:1",)
+    listed, user = report.problems
+    assert "10.0.0.0/8 is no more on it, nothing is new" in listed
+    assert user.startswith("gateway-1 runs as user 64899 since its restart")
 
 
 def test_nothing_runs(tmp_path: Path) -> None:

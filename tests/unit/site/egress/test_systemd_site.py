@@ -139,6 +139,17 @@ def test_what_ends_after_the_restart_is_named(
     assert problem.startswith(found)
 
 
+def test_the_gateways_are_asked_again_after_the_restart(
+    site: SystemdSite, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = ["10.0.0.0/8"]
+    monkeypatch.setattr("moat.site.egresscheck.endpoints.of_gateway", lambda name, pid: ([], tuple(allowed)))
+    assert site.allowed()[0] == "10.0.0.0/8"
+    allowed[0] = "10.0.0.1:8000"
+    restart(site)
+    assert site.allowed()[0] == "10.0.0.1:8000"
+
+
 def test_a_unit_that_does_not_come_back_is_an_error(site: SystemdSite, systemd: Systemd) -> None:
     components = site.components()
     systemd.change("nginx.service", ActiveState="active")
