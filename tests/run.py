@@ -81,6 +81,11 @@ def unit() -> bool:
 
 def demo() -> bool:
     """Bring the demo up; it also fills the cache that the integration tests read."""
+    # What a killed run of tests/integration/compose/test_demo_beside_a_site.py leaves: no demo starts beside it.
+    label = "label=com.docker.compose.project.working_dir=/opt/moat-of-somebody"
+    left = subprocess.run(["docker", "ps", "-aq", "--filter", label], capture_output=True, text=True, check=False)
+    if left.stdout:
+        _run(["docker", "rm", *left.stdout.split()])
     return _run([PYTHON, "-m", "moat.demo", "up"])
 
 

@@ -237,6 +237,7 @@ def test_an_endpoint_outside_the_allow_list_is_listed(stack: Stack, tmp_path: Pa
 @pytest.fixture
 def open_firewall(stack: Stack) -> Iterator[None]:
     """Take the firewall's rules away; the controls' addresses lead into a bridge without ports meanwhile."""
+    run("ip", "link", "delete", SINK, check=False)  # what a killed run has left
     run("ip", "link", "add", SINK, "type", "bridge")
     try:
         run("ip", "link", "set", SINK, "up")
