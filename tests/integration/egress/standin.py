@@ -77,6 +77,9 @@ def rawdns():
 def nopacket():
     socket.create_connection(("203.0.113.40", 443), timeout=2)
 
+def resolved():
+    socket.socket(socket.AF_UNIX).connect("/run/systemd/resolve/io.systemd.Resolve")
+
 def flood():
     for i in range(6000):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
@@ -146,6 +149,9 @@ class StandInSite:
     def restart(self, components: Sequence[Component]) -> None:
         self.end()
         self.start()
+
+    def subject(self) -> dict[str, str]:
+        return {"release": "0.1.0-abc"}
 
     def changes(self) -> list[str]:
         return [f"{name} ended" for name, process in self._running.items() if process.poll() is not None]

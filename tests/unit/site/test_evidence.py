@@ -14,7 +14,9 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.site.bundles import CREATED, make_bundle
@@ -22,6 +24,7 @@ from tests.unit.site.bundles import CREATED, make_bundle
 from moat.console import Console
 from moat.errors import EvidenceFailed
 from moat.site import evidence
+from moat.site.egresscheck import subject
 from moat.site.evidencekit.model import Host, Part, redact
 
 PLANTED = {
@@ -321,6 +324,75 @@ def test_every_contradiction_is_found_and_named(name: str, host: Host, programs:
     assert [words in f.what for f in findings] == [True], findings
     assert findings[0].expected
     assert findings[0].hint
+
+
+def egress_report(host: Host, **changes: Any) -> None:
+    """Write the report of a verification that has just ended, of what is in force."""
+    report = {
+        "ok": True, "site": "systemd", "started": "2026-01-01T00:00:00.000Z", "ended": "2026-01-01T00:01:00.000Z",
+        "attempts": [], "layers": [], "subject": subject.of_systemd(host.root, host.store), **changes,
+    }  # fmt: skip
+    put(host.root, "/var/lib/moat/evidence/egress/20260101T000000Z/egress-report.json", json.dumps(report))
+
+
+def gateway_serves(host: Host, revision: int) -> None:
+    text = json.dumps({"revision": revision, "sha256": f"{revision:064x}" if revision else None})
+    put(host.root, "/run/moat/reports/gateway-1.json", text)
+
+
+def test_a_report_about_what_is_in_force_is_no_contradiction(host: Host) -> None:
+    gateway_serves(host, 7)
+    egress_report(host)
+    part = collected(replace(host, now=datetime(2026, 1, 3, 12, 1, tzinfo=UTC).timestamp()))["egress"]
+    assert (part.findings, part.gaps) == ([], [])
+    assert part.moment["age"] == "2.5 days"
+    assert part.data["subject"]["release"] == "0.1.0-abc"
+    assert part.data["subject"]["configuration of gateway-1"] == f"revision 7, sha256 {7:064x}"
+
+
+@pytest.mark.parametrize("what", ["release", "manifest", "packet filter's rules"])
+def test_a_report_about_something_else_is_a_contradiction(host: Host, what: str) -> None:
+    egress_report(host)
+    match what:
+        case "release":
+            (host.root / "opt/moat/current").unlink()
+            (host.root / "opt/moat/releases/0.1.0-abc").rename(host.root / "opt/moat/releases/0.2.0-def")
+            (host.root / "opt/moat/current").symlink_to("releases/0.2.0-def")
+        case "manifest":
+            put(host.root, "/opt/moat/releases/0.1.0-abc/bundle/manifest.json", "{}")
+        case _:
+            put(host.root, "/etc/moat/nftables/no-egress.nft", RULES + "\n# changed\n")
+    (finding,) = collected(host)["egress"].findings
+    assert finding.what == f"the last egress report is not about what is in force: {what}"
+    assert "moat egress verify" in finding.hint
+
+
+def test_a_report_that_does_not_say_what_it_is_about_is_a_contradiction(host: Host) -> None:
+    egress_report(host, subject={})
+    found = collected(host)["egress"].findings
+    assert [f.what.rpartition(": ")[2] for f in found] == ["manifest", "packet filter's rules", "release"]
+
+
+def test_a_configuration_that_was_pushed_since_is_named(host: Host) -> None:
+    """Every push would be a contradiction otherwise; it is a proof that is missing."""
+    gateway_serves(host, 7)
+    egress_report(host)
+    gateway_serves(host, 8)
+    part = collected(host)["egress"]
+    assert part.findings == []
+    assert [(g.what, "revision 7" in g.why, "revision 8" in g.why) for g in part.gaps] == [
+        ("a proof of the configuration of gateway-1", True, True)
+    ]
+
+
+def test_local_files_are_told_apart_by_their_content(host: Host) -> None:
+    gateway_serves(host, 0)
+    put(host.root, "/etc/moat/config/config.yaml", "model_list: []\n")
+    before = subject.of_systemd(host.root, host.store)
+    put(host.root, "/etc/moat/config/config.yaml", "model_list: [a]\n")
+    assert list(subject.differences(before, subject.of_systemd(host.root, host.store))) == [
+        "configuration of gateway-1"
+    ]
 
 
 def test_units_are_shown_with_their_score_and_networks_that_stay_the_same(host: Host, programs: Programs) -> None:

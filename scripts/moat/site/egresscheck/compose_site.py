@@ -8,6 +8,7 @@ that come out of the bridges, and the names that are asked for inside of the con
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from moat.site.egresscheck.model import Component, Endpoint, Layer, Probe, Reque
 from moat.site.egresscheck.names import NamesLayer
 from moat.site.egresscheck.namespaces import default_gateway
 from moat.site.egresscheck.requests import Gateway, Target, first_requests, read_key
+from moat.site.egresscheck.subject import configurations
 from moat.site.egresscheck.syscalls import SyscallsLayer
 
 _UP_SECONDS: Final = "300"
@@ -224,6 +226,20 @@ class ComposeSite:
     def rules(self) -> str:
         """Return the packet filter's rules in force."""
         return compose_probes.rules_in_force()
+
+    def subject(self) -> dict[str, str]:
+        """Return what is in force: each service's image, the deployment's file, what each gateway serves."""
+        services = self._deployment.services().values()
+        found = {f"image of {s.name}": s.image for s in services}
+        text = (self._deployment.directory / "compose.yaml").read_bytes()
+        found["compose.yaml"] = f"sha256 {hashlib.sha256(text).hexdigest()}"
+        for s in services:
+            if s.is_gateway and s.pid:
+                root = Path(f"/proc/{s.pid}/root")
+                reports = root / s.environ.get("MOAT_REPORTS_DIR", "/run/moat-reports").lstrip("/")
+                # The reports of all of them lie in the same volume.
+                found |= configurations(reports, self._deployment.directory / "config")
+        return found
 
     def facts(self) -> dict[str, str]:
         """Return what is worth to know about the host."""

@@ -41,6 +41,7 @@ class Service:
         log_driver: who takes its output.
         log_options: of the log driver.
         ports: container port -> where it is published.
+        image: id of its image.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Service:
     log_driver: str
     log_options: Mapping[str, str]
     ports: Mapping[int, tuple[tuple[str, int], ...]]
+    image: str = ""
 
     @property
     def is_gateway(self) -> bool:
@@ -150,6 +152,7 @@ def _service(raw: Mapping[str, Any]) -> Service:
         log_driver=str(log.get("Type", "")),
         log_options={str(k): str(v) for k, v in (log.get("Config") or {}).items()},
         ports=dict(_ports(raw["NetworkSettings"].get("Ports") or {})),
+        image=str(raw["Image"]),
     )
 
 

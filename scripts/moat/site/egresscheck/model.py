@@ -114,6 +114,7 @@ class Report:
 
     ``rules`` are the packet filter's rules in force, as text; ``allowed`` is the allow-list; ``host`` holds facts that
     are no part of the verdict (``command``, ``kernel``, the host's own name servers). ``attempts`` holds no controls.
+    ``subject`` is what was verified: release, rules and configurations that were in force, by name.
     """
 
     site: str
@@ -131,6 +132,7 @@ class Report:
     host: dict[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     allowed: tuple[str, ...] = ()
+    subject: dict[str, str] = field(default_factory=dict)
 
     @property
     def proven(self) -> bool:
@@ -195,6 +197,9 @@ class Site(Protocol):
 
     def restart(self, components: Sequence[Component]) -> None:
         """Restart the services while the layers watch, and wait until the site answers again."""
+
+    def subject(self) -> dict[str, str]:
+        """Return what is in force at this moment: release, rules, configurations."""
 
     def changes(self) -> list[str]:
         """Say which services did not run, or not all the time since the restart: what they would try was not seen."""

@@ -115,6 +115,7 @@ def page(report: Report) -> str:
     judged = verdict(report)
     title = f"Egress report: {judged.word.value}"
     sections = (
+        _subject(report),
         _done(report),
         _tried(report),
         _endpoints(report),
@@ -157,6 +158,15 @@ def _head(report: Report, judged: Verdict) -> str:
 
 def _site(kind: str) -> str:
     return {"systemd": "installed as systemd services", "compose": "running with Docker Compose"}.get(kind, kind)
+
+
+def _subject(report: Report) -> str:
+    lines = "".join(f"<dt>{say(k)}</dt><dd><code>{say(v)}</code></dd>" for k, v in report.subject.items())
+    return _section(
+        "What was verified",
+        "<p>The report is about this. Of another release, other rules or another configuration it proves nothing.</p>"
+        + (f"<dl>{lines}</dl>" if lines else "<p>Nothing of it could be read.</p>"),
+    )
 
 
 def _done(report: Report) -> str:

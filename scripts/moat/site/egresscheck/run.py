@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from moat.site.egresscheck.model import (
     Site,
     Step,
 )
+from moat.site.egresscheck.subject import differences
 from moat.site.egresscheck.when import stamp
 
 #: Events are on their way for a moment (a queue in the kernel, a thread of ours); then a layer is asked.
@@ -164,6 +165,7 @@ def verify(
         requests: list[RequestResult] = []
         probes: list[Probe] = []
         rules = ""
+        about: dict[str, str] = {}
         host = {"kernel": platform.release(), "host": platform.node(), **getattr(site, "facts", dict)()}
         try:
             with step("Start to watch"):
@@ -179,6 +181,7 @@ def verify(
                     requests = site.requests()
                     for r in requests:
                         console.info(f"{r.kind:<12} {r.status or '-':>3} {'ok' if r.ok else 'FAILED'} {r.note}")
+                    about = site.subject()
                 with step(f"Watch for {options.quiet_seconds:g} s more"):
                     _quiet(options.quiet_seconds, console, sleep)
             except MoatError as e:
@@ -193,6 +196,9 @@ def verify(
                 rules = site.rules()
                 # To the end of the capture: a service that is down is as quiet as one that tries nothing.
                 capture.problems += site.changes()
+                now = site.subject()
+                capture.problems += _replaced(about, now)
+                about = about or now
         finally:
             with signals.deferred():
                 steps.append(Step(stamp(), "Remove everything that was set for the capture"))
@@ -220,6 +226,7 @@ def verify(
             host=host,
             steps=tuple(steps),
             allowed=allowed,
+            subject=about,
         )
 
 
@@ -247,6 +254,14 @@ def _differences(
         if c.uid != 0 and (c.name, c.uid) not in known:
             found.append(f"{c.name} runs as user {c.uid} since its restart, who was not watched: run it again")
     return found
+
+
+def _replaced(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A configuration that was pushed in the middle was watched for a part of the time only."""
+    return [
+        f"{name} changed during the capture ({before}, then {after}): run it again"
+        for name, (before, after) in (differences(then, now) if then else {}).items()
+    ]
 
 
 def _unanswered(requests: Sequence[RequestResult]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Final
 
 from moat.console import Console
 from moat.errors import EgressUnproven
-from moat.site.egresscheck import endpoints, systemd_probes
+from moat.site.egresscheck import endpoints, subject, systemd_probes
 from moat.site.egresscheck.allow import parse_all
 from moat.site.egresscheck.destinations import AllowList
 from moat.site.egresscheck.marks import draw
@@ -172,6 +172,10 @@ class SystemdSite:
     def facts(self) -> dict[str, str]:
         """Return what is worth knowing about the host and is no part of the verdict."""
         return endpoints.host_facts()
+
+    def subject(self) -> dict[str, str]:
+        """Return what is in force."""
+        return subject.of_systemd()
 
     # --- the capture ---
 

@@ -11,9 +11,11 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from moat.site.egresscheck import subject
 from moat.site.evidencekit.model import Finding, Host, Part, last_line, redact
 
 RULES: Final = "/etc/moat/nftables/no-egress.nft"
@@ -262,8 +264,11 @@ def egress(host: Host) -> Part:
                 "layers": [
                     {k: layer.get(k) for k in ("name", "available", "control_caught")} for layer in report["layers"]
                 ],
+                "site": str(report.get("site", "systemd")),
+                "subject": {str(k): str(v) for k, v in dict(report.get("subject") or {}).items()},
             }
         )
+        part.moment["age"] = _age(part.data["ended"], host.now)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         part.gap(shown, f"the report cannot be read: {e}")
         return part
@@ -276,4 +281,35 @@ def egress(host: Host) -> Part:
                 f"read {Path(shown).with_suffix('.html')}, and run `moat egress verify` again",
             )
         )
+    else:
+        _still_true(host, part)
     return part
+
+
+def _still_true(host: Host, part: Part) -> None:
+    """Compare what the report is about with what is in force: of anything else it is no proof."""
+    if part.data["site"] != "systemd":
+        part.gap("whether the report is about what runs", "only services of systemd are compared; it names the images")
+        return
+    then = part.data["subject"]
+    for name, (before, now) in subject.differences(then, subject.of_systemd(host.root, host.store)).items():
+        if name.startswith(subject.CONFIGURATION) and then:
+            # Every push would be a contradiction. The allow-list is checked before one takes force.
+            part.gap(f"a proof of the {name}", f"the report is about {before}; in force is {now}")
+            continue
+        part.findings.append(
+            Finding(
+                f"the last egress report is not about what is in force: {name}",
+                f"the report is about {before}",
+                now,
+                "run `moat egress verify` again, in a maintenance window: it restarts the services",
+            )
+        )
+
+
+def _age(ended: str, now: float) -> str:
+    try:
+        seconds = now - datetime.fromisoformat(ended).timestamp()
+    except ValueError:
+        return "unknown: the report does not say when it ended"
+    return f"{seconds / 86400:.1f} days" if seconds >= 0 else "the clock is behind the report"

@@ -44,6 +44,7 @@ PASS = Report(
     host={"command": "moat egress verify --quiet 30", "kernel": "6.12"},
     steps=(Step(WHEN, "Start to watch"),),
     allowed=("model:8081",),
+    subject={"release": "0.1.0-abc"},
 )
 TRY = Attempt(WHEN, "bridges", "12/python3", "gateway-1", "tcp 203.0.113.7:443", "from 172.30.242.11")
 
@@ -137,6 +138,7 @@ def test_hostile_values_stay_text_everywhere(tmp_path: Path, hostile: str) -> No
         host={hostile: hostile, "command": hostile, "host": hostile},
         steps=(Step(hostile, hostile),),
         allowed=(hostile,),
+        subject={hostile: hostile},
         site=hostile,
         started=hostile,
     )

@@ -74,6 +74,9 @@ class OneSite:
         if self.fails is not None:
             raise self.fails
 
+    def subject(self) -> dict[str, str]:
+        return {"release": "0.1.0-abc"}
+
     def changes(self) -> list[str]:
         return self.changed
 
@@ -227,6 +230,18 @@ def test_what_took_force_with_the_restart_is_reported_and_proves_nothing(tmp_pat
     listed, user = report.problems
     assert "10.0.0.0/8 is no more on it, nothing is new" in listed
     assert user.startswith("gateway-1 runs as user 64899 since its restart")
+
+
+def test_the_report_says_what_it_is_about_and_a_change_in_the_middle_proves_nothing(tmp_path: Path) -> None:
+    site = OneSite([OneLayer("packets", [])], [])
+    assert verify(site, tmp_path)[0].to_dict()["subject"] == {"release": "0.1.0-abc"}
+    states = iter([{"configuration of gateway-1": "revision 7"}, {"configuration of gateway-1": "revision 8"}])
+    site.subject = lambda: next(states)  # type: ignore[method-assign]
+    report, _ = verify(site, tmp_path)
+    assert report.subject == {"configuration of gateway-1": "revision 7"}
+    assert report.problems == (
+        "configuration of gateway-1 changed during the capture (revision 7, then revision 8): run it again",
+    )
 
 
 def test_nothing_runs(tmp_path: Path) -> None:
