@@ -241,7 +241,7 @@ def _reload(args: argparse.Namespace) -> int:
             line=problem.get("line"),
             found=problem.get("found"),
             expected=problem.get("expected"),
-            hint="correct the file; the one before it still serves",
+            hint=f"{problem.get('hint') or 'correct the file'}; the one before it still serves",
         )
     what = f"revision {config['revision']}" if config["revision"] else "the local files"
     print(f"{what} in force, {answer['keys']['count']} keys")

@@ -150,6 +150,66 @@ def effective(data: Mapping[str, Any], files: Mapping[str, str] | None = None) -
     return out
 
 
+def outside(
+    effective: Mapping[str, Any], secrets: Mapping[str, str], files: Mapping[str, Path], allow: AllowList
+) -> dict[str, GatewayError]:
+    """Return, by name, what :func:`check` would say at the next start about the destinations in these secrets.
+
+    Args:
+        effective: what LiteLLM is given.
+        secrets: new values of some of its references.
+        files: where the values are.
+        allow: the allow-list.
+    """
+    out: dict[str, GatewayError] = {}
+    for at, value in _leaves(effective, ()):
+        name = value.removeprefix(rules.REFERENCE) if isinstance(value, str) else ""
+        if name == value or name not in secrets or name in out:
+            continue
+        for d in _destinations_in(at, secrets[name]):
+            if isinstance(d, NotADestination) or not allow.allows(d):
+                what, shown = _against(d, secrets[name], secret=True)
+                out[name] = _refusal(at, what, shown, allow, str(files[name]), None)
+                break
+    return out
+
+
+def _destinations_in(at: Trail, text: str) -> list[Destination | NotADestination]:
+    """Return the destinations in a value: its URLs, or the one that a key such as ``host`` makes of it."""
+    found = list(destinations_of_urls(text))
+    key = next((s for s in reversed(at) if isinstance(s, str)), "")
+    if not found and "://" not in text and rules.DESTINATION_KEY.search(key) and text and text[0] not in "/.":
+        try:
+            found = [parse_host_port(text.partition("/")[0])]
+        except NotADestination:
+            found = [NotADestination("a destination that cannot be read")]
+    return found
+
+
+def _against(d: Destination | NotADestination, text: str, *, secret: bool) -> tuple[str, Destination | None]:
+    """Return what there is against a destination that is not allowed, and the destination if it may be shown."""
+    if isinstance(d, NotADestination):
+        return f"holds a {d}", None
+    if secret and "://" not in text:
+        # What looks like a host name may be a password that somebody put there: it is not shown.
+        return "refers to a secret that holds a destination", None
+    return f"points to {d}", d
+
+
+def _refusal(
+    at: Trail, what: str, destination: Destination | None, allow: AllowList, path: str, line: int | None
+) -> EndpointRefused:
+    return EndpointRefused(
+        f"{dotted(at)} {what}, which is not in the allow-list",
+        expected=str(allow),
+        hint=f"add {destination} to MOAT_EGRESS_ALLOW if it is a server of this site, or remove it"
+        if destination
+        else "write the host plainly, or remove it",
+        path=path,
+        line=line,
+    )
+
+
 def _in_litellms_words(value: Any, files: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {k: _in_litellms_words(v, files) for k, v in value.items()}
@@ -319,24 +379,12 @@ class _Checker:
         return self.secrets[name]
 
     def _destinations(self, at: Trail, text: str, *, secret: bool = False) -> None:
-        found = list(destinations_of_urls(text))
-        key = next((s for s in reversed(at) if isinstance(s, str)), "")
-        if not found and "://" not in text and rules.DESTINATION_KEY.search(key) and text and text[0] not in "/.":
-            try:
-                found = [parse_host_port(text.partition("/")[0])]
-            except NotADestination:
-                found = [NotADestination("a destination that cannot be read")]
-        for d in found:
+        for d in _destinations_in(at, text):
             allowed = not isinstance(d, NotADestination) and self._allow.allows(d)
             hidden = secret and "://" not in text and not allowed
             self.named.append(Named(at, "a destination in a secret" if hidden else str(d), allowed))
-            if isinstance(d, NotADestination):
-                self._outside(at, f"holds a {d}", None)
-            elif not self._allow.allows(d) and secret and "://" not in text:
-                # What looks like a host name may be a password that somebody put there: it is not shown.
-                self._outside(at, "refers to a secret that holds a destination", None)
-            elif not self._allow.allows(d):
-                self._outside(at, f"points to {d}", d)
+            if not allowed:
+                self._outside(at, *_against(d, text, secret=secret))
 
     def _node_pairs(self, value: Any, at: Trail) -> None:
         """Check ``[["host", 26379], ...]``, the form of Redis' sentinel nodes."""
@@ -360,15 +408,7 @@ class _Checker:
                     self._node_pairs(v, (*at, i))
 
     def _outside(self, at: Trail, what: str, destination: Destination | None) -> None:
-        self._report(
-            EndpointRefused,
-            at,
-            f"{dotted(at)} {what}, which is not in the allow-list",
-            expected=str(self._allow),
-            hint=f"add {destination} to MOAT_EGRESS_ALLOW if it is a server of this site, or remove it"
-            if destination
-            else "write the host plainly, or remove it",
-        )
+        self.problems.append(_refusal(at, what, destination, self._allow, self._name, self._document.line(at)))
 
     # --- what would call a public cloud without saying so ---
 

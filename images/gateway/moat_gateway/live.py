@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from moat_gateway import litellm_port, served, slices
+from moat_gateway import config, litellm_port, served, slices
 from moat_gateway.errors import BadRevision, GatewayError, UnreadableSecret
 from moat_gateway.keys import KeySet
 from moat_gateway.keystore import KeyStore
@@ -35,7 +35,7 @@ from moat_gateway.sync.files import Unusable, read_bytes, timestamp
 from moat_gateway.sync.nodefolder import Current, SyncState
 
 TICK = 0.1  # seconds between two looks at current.json
-RETRY = 5.0  # seconds after which a revision that was refused here is tried again: the cause may be gone
+RETRY = 5.0  # seconds after which what was refused here is tried again: the cause may be gone
 _MASTER = "master key"
 _MANY_KEYS = 300  # more are made in a thread: it holds the loop for 5 ms at a time at most, whatever their number
 _DEEP = frozenset({(), ("effective",), ("effective", "model_list"), ("deployments",), ("keys",), ("keys", "keys")})
@@ -62,7 +62,7 @@ class Situation:
         last_refused: the revision that this gateway cannot serve, or ``None``.
         needs_restart: the names of what waits for a restart.
         sync: how config-sync is; ``None`` if nobody knows.
-        secret_problems: secret files that cannot be used, by name.
+        secret_problems: secret files whose value does not count, by name.
         passed_over: what was not right at the start, one line each.
         loop_blocked: seconds of the longest hold of the loop by a change.
     """
@@ -147,8 +147,15 @@ class Live:
         self._master_now = ""
         self._values: Mapping[str, str] = {}
         self._blocked_by: str | None = None  # sha256 of the revision that waits for a restart
-        self._secret_restart: tuple[str, ...] = ()
+        self._revision_restart: tuple[str, ...] = ()  # why that one does
+        self._entry_restart: tuple[str, ...] = ()  # deployments that take a secret at their start only
+        self._section_values: Mapping[str, str] = {}  # with which LiteLLM was given its sections
+        self._judged: tuple[Served, Mapping[str, str]] | None = None
+        self._outside: Mapping[str, GatewayError] = {}
+        self._refused_values: Mapping[str, str] | None = None
+        self._refused_secrets: Mapping[str, GatewayError] = {}
         self._retry_at: float | None = None
+        self._retry_secrets_at: float | None = None
         self._lock = asyncio.Lock()
         self._looks: set[asyncio.Task[None]] = set()
         # A thread of its own: LiteLLM fills the loop's with its callbacks.
@@ -157,6 +164,7 @@ class Live:
     def begin(self, secrets: Mapping[str, str], master_key: str) -> None:
         """Note what the gateway was started with."""
         self._values = dict(secrets)
+        self._note_sections()
         self._master_now = master_key
         self._secrets.look(self._situation.served.files)
         self._master.look({_MASTER: self._settings.master_key_file})
@@ -174,7 +182,7 @@ class Live:
                     async with self._lock:
                         await self._look_at_current()
                     changed = False
-                if now >= next_secrets:
+                if now >= next_secrets or (self._retry_secrets_at is not None and now >= self._retry_secrets_at):
                     next_secrets = now + self._settings.secrets_poll
                     async with self._lock:
                         await self._look_at_secrets()
@@ -202,7 +210,7 @@ class Live:
     async def look_at_everything(self) -> None:
         """Look at the revision and the secrets at once, whether they changed or not."""
         async with self._lock:
-            await self._look_at_secrets()
+            await self._look_at_secrets(again=True)
             await self._look_at_current()
 
     def close(self) -> None:
@@ -228,7 +236,8 @@ class Live:
         except NeedsRestart as e:
             self._blocked_by = current.sha256 if current is not None else None
             self._situation.last_refused = None
-            self._wait_for_restart(number, e.names)
+            self._revision_restart = e.names
+            self._name_restarts(number)
         except GatewayError as e:
             self._refused(number, e)
         except Exception as e:
@@ -242,7 +251,8 @@ class Live:
         s = self._situation
         before = (s.last_refused, s.needs_restart, s.passed_over)
         self._blocked_by, s.last_refused, s.passed_over = None, None, ()
-        s.needs_restart = self._secret_restart
+        self._revision_restart = ()
+        self._name_restarts(s.served.revision)
         if before != (s.last_refused, s.needs_restart, s.passed_over):
             self.told()
 
@@ -268,18 +278,19 @@ class Live:
         work.end()
         look = await self._in_thread(lambda: self._secrets.look({**self._situation.served.files, **wanted.files}))
         key_set = await self._key_set(prepared)
-        work.begin()
         self._say_problems(look)
         values = self._usable(wanted, look)
+        for problem in (await self._leading_outside(wanted, values)).values():
+            raise problem
+        work.begin()
         change = await self._serving.prepare(wanted.wanted(values), work.pause)
         await work.rest()
         change.commit()
         self._keys.replace(key_set)
-        self._values = values
         s = self._situation
         s.served, s.applied_at = wanted, timestamp()
+        self._took_secrets(values)
         s.secret_problems = {n: p for n, p in look.problems.items() if n in wanted.files}
-        self._secret_restart = ()
         self._settled()
         await work.rest()
         await change.tidy(work.pause)
@@ -340,11 +351,14 @@ class Live:
         self._counters.reloads["refused"] += 1
         self._log.event("config.refused", "error", revision=number, kind=e.kind, message=e.one_line())
 
-    def _wait_for_restart(self, number: int, names: tuple[str, ...]) -> None:
-        names = tuple(dict.fromkeys((*names, *self._secret_restart)))
-        if self._situation.needs_restart == names:
+    def _name_restarts(self, number: int) -> None:
+        """Name everything that waits for a restart, and say so when that is something else than before."""
+        stale = frozenset(n for n, v in self._section_values.items() if self._values.get(n, v) != v)
+        sections = (f"secrets in {section}" for section in self._situation.served.sections_of(stale))
+        names = tuple(dict.fromkeys((*self._revision_restart, *self._entry_restart, *sections)))
+        before, self._situation.needs_restart = self._situation.needs_restart, names
+        if not names or names == before:
             return
-        self._situation.needs_restart = names
         self._counters.reloads["restart"] += 1
         self._log.event(
             "config.needs_restart",
@@ -356,7 +370,7 @@ class Live:
 
     # --- secrets ---
 
-    async def _look_at_secrets(self) -> None:
+    async def _look_at_secrets(self, *, again: bool = False) -> None:
         s = self._situation
         if self._sync_dir is not None:
             s.sync = await self._in_thread(lambda: nodefolder.read_sync(self._sync_dir or Path()))
@@ -367,10 +381,6 @@ class Live:
         self._log.hide([*look.values.values(), *master.values.values()])
         self._say_problems(look)
         self._say_problems(master)
-        problems = {**look.problems, **master.problems}
-        if problems.keys() != s.secret_problems.keys() or look.news or master.news:
-            s.secret_problems = problems
-            self.told()
         key = master.values.get(_MASTER, self._master_now)
         if key != self._master_now:
             litellm_port.set_master_key(key)
@@ -379,8 +389,36 @@ class Live:
             self._log.event("secrets.changed", names=[_MASTER], seconds=0.0, made=0)
             self.told()
         values = {n: look.values.get(n, v) for n, v in self._values.items()}
-        if values != self._values:
+        await self._judge(values)
+        values = {**values, **{n: self._values[n] for n in self._outside}}
+        if values == self._values:
+            self._none_refused()
+        elif again or values != self._refused_values or time.monotonic() >= (self._retry_secrets_at or 0.0):
             await self._take_secrets(values)
+        problems = {**self._refused_secrets, **self._outside, **look.problems, **master.problems}
+        if problems != s.secret_problems:
+            s.secret_problems = problems
+            self.told()
+
+    async def _leading_outside(self, served: Served, values: Mapping[str, str]) -> Mapping[str, GatewayError]:
+        """Return which values that are not in force yet lead out of the allow-list, where no start would take them."""
+        changed = {n: v for n, v in values.items() if self._values.get(n) != v}
+        if not changed:
+            return {}
+        return await self._in_thread(
+            lambda: config.outside(served.effective, changed, served.files, self._settings.allow)
+        )
+
+    async def _judge(self, values: Mapping[str, str]) -> None:
+        """Find what of these values must not be taken; the same ones are not judged again at each look."""
+        served = self._situation.served
+        if self._judged is not None and self._judged[0] is served and self._judged[1] == values:
+            return
+        before, self._outside = self._outside, await self._leading_outside(served, values)
+        self._judged = (served, values)
+        for name, e in self._outside.items():
+            if name not in before or before[name].one_line() != e.one_line():
+                self._log.event("secrets.refused", "error", secret=name, message=e.one_line())
 
     async def _take_secrets(self, values: Mapping[str, str]) -> None:
         begun = time.monotonic()
@@ -391,32 +429,50 @@ class Live:
             change = await self._serving.prepare(s.served.wanted(values), work.pause)
             await work.rest()
             change.commit()
-            await work.rest()
-            await change.tidy(work.pause)
-        except (NeedsRestart, GatewayError) as e:
-            # The values count as seen: the same ones would be refused again at every look.
-            self._values = values
-            if isinstance(e, NeedsRestart):
-                self._secret_restart = e.names
-                self._wait_for_restart(s.served.revision, s.needs_restart)
-            else:
-                self._counters.reloads["refused"] += 1
-                for name in sorted(names):
-                    self._log.event("secrets.refused", "error", secret=name, message=e.one_line())
+        except NeedsRestart as e:
+            # The values count as seen: only a restart helps, and that is named.
+            self._took_secrets(values, e.names)
+            self._name_restarts(s.served.revision)
             self.told()
             return
+        except GatewayError as e:
+            self._refuse_secrets(values, names, e)
+            return
+        self._took_secrets(values)
+        await work.rest()
+        await change.tidy(work.pause)
         work.end()
-        self._values = values
         self._hold(work.longest)
         self._counters.reloads["applied"] += 1
         self._log.event(
             "secrets.changed", names=sorted(names), seconds=round(time.monotonic() - begun, 3), made=change.made
         )
-        sections = s.served.sections_of(names)
-        if sections:
-            self._secret_restart = tuple(f"secrets in {section}" for section in sections)
-            self._wait_for_restart(s.served.revision, s.needs_restart)
+        self._name_restarts(s.served.revision)
         self.told()
+
+    def _took_secrets(self, values: Mapping[str, str], need_restart: tuple[str, ...] = ()) -> None:
+        """These values are in force, or wait for a restart."""
+        self._values, self._entry_restart = values, need_restart
+        self._none_refused()
+        self._note_sections()
+
+    def _none_refused(self) -> None:
+        self._refused_values, self._refused_secrets, self._retry_secrets_at = None, {}, None
+
+    def _note_sections(self) -> None:
+        """Note with which secrets LiteLLM has its sections: those that it read first, until a restart."""
+        held = (n for n in self._situation.served.section_secrets() if n in self._values)
+        self._section_values = {n: self._section_values.get(n, self._values[n]) for n in held}
+
+    def _refuse_secrets(self, values: Mapping[str, str], names: frozenset[str], e: GatewayError) -> None:
+        self._refused_values, self._retry_secrets_at = values, time.monotonic() + RETRY
+        before = {n: p.one_line() for n, p in self._refused_secrets.items()}
+        if before == dict.fromkeys(names, e.one_line()):
+            return
+        self._refused_secrets = dict.fromkeys(names, e)
+        self._counters.reloads["refused"] += 1
+        for name in sorted(names):
+            self._log.event("secrets.refused", "error", secret=name, message=e.one_line())
 
     # --- small steps ---
 

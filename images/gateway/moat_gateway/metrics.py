@@ -31,7 +31,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("moat_config_sync_refused_total", "counter", "Revisions that this node's config-sync refused since it was started; 0 without config-sync."),
     Metric("moat_config_staleness_seconds", "gauge", "Seconds since the source of revisions last answered config-sync; 0 without config-sync."),
     Metric("moat_config_loop_blocked_seconds", "gauge", "Longest time for which a change has held the event loop so far."),
-    Metric("moat_secrets_degraded", "gauge", "Secret files that cannot be used, so that an older value counts."),
+    Metric("moat_secrets_degraded", "gauge", "Secret files whose value cannot be used or applied, so that an older one counts."),
     Metric("moat_keys", "gauge", "Client keys in force."),
     Metric("moat_keys_degraded", "gauge", "1 while the keys file is bad and an older one serves."),
     Metric("moat_start_seconds", "gauge", "Seconds from the start of the process to ready."),

@@ -42,6 +42,10 @@ class Served:
         """Return it with these values, for LiteLLM."""
         return Wanted(self.effective, self.digests, self.references, {n: secrets[n] for n in self.files})
 
+    def section_secrets(self) -> frozenset[str]:
+        """Return the secrets that stand elsewhere than in deployments and credentials: LiteLLM reads them once."""
+        return frozenset(n for s, held in self.sections.items() if s != "credential_list" for n in held)
+
     def sections_of(self, names: frozenset[str]) -> tuple[str, ...]:
         """Return the sections, deployments and credentials left out, that hold one of these secrets."""
         return tuple(

@@ -314,6 +314,53 @@ def test_a_secret_file_that_goes_bad_leaves_the_value_before(live: Live, upstrea
     until("it is well again", lambda: live.gateway.status()["degraded"] == [])
 
 
+def test_a_secret_that_cannot_be_applied_is_said_and_tried_again_until_it_is(live: Live, upstream: Upstream) -> None:
+    live.put(models(live.base, "small"))
+    path = live.site.folder / "secrets/up_key"
+    before = path.read_text().strip()
+    # What LiteLLM reads cannot be written, as with a full temporary folder.
+    (folder,) = (live.site.folder / "tmp").glob("moat-gateway-*")
+    (folder / "next").mkdir()
+    try:
+        refused = len(live.gateway.wait_events(event="secrets.refused", secret="UP_KEY"))
+        live.swap("up_key", "upstream-secret-canary-0816")
+        until("it is said", lambda: any("UP_KEY" in line for line in live.gateway.status()["degraded"]))
+        assert live.gateway.metrics()["moat_secrets_degraded"] == 1
+        done = live.site.command("reload")
+        assert done.returncode == 14
+        assert "cannot be written" in done.stderr
+        assert live.ask("small")[0] == 200
+        assert _last_key(upstream) == f"Bearer {before}"
+        # Said once, however often it is tried.
+        assert len(live.gateway.wait_events(event="secrets.refused", secret="UP_KEY")) == refused + 1
+    finally:
+        (folder / "next").rmdir()
+    until("it is tried again", lambda: live.gateway.status()["degraded"] == [])
+    assert live.ask("small")[0] == 200
+    assert _last_key(upstream).endswith("0816")
+    live.swap("up_key", before)
+    until("the first one is back", lambda: live.ask("small")[0] == 200 and _last_key(upstream).endswith(before))
+
+
+def test_a_secret_that_leads_outside_is_refused_and_the_value_before_counts(live: Live, elsewhere: Upstream) -> None:
+    """Taken live, it would let no gateway of the node start again."""
+    live.site.write("secrets/up_base", live.base)
+    live.put(models("os.environ/UP_BASE", "small"))
+    live.swap("up_base", "http://api.example.com/v1")
+    until("it is said", lambda: any("UP_BASE" in line for line in live.gateway.status()["degraded"]))
+    (line,) = live.gateway.status()["degraded"]
+    assert "api_base points to api.example.com:80, which is not in the allow-list" in line
+    assert live.gateway.metrics()["moat_secrets_degraded"] == 1
+    assert len(live.gateway.wait_events(event="secrets.refused", secret="UP_BASE")) == 1
+    assert live.ask("small")[0] == 200
+    assert live.site.command("reload").returncode == 8
+    live.swap("up_base", elsewhere.base)
+    until("the next one is taken", lambda: live.gateway.status()["degraded"] == [])
+    elsewhere.behaviour.seen.clear()
+    assert live.ask("small")[0] == 200
+    assert len(elsewhere.behaviour.seen) == 1
+
+
 def test_the_master_key_is_swapped(live: Live) -> None:
     old, new = live.site.master, "sk-" + "0123456789abcdef" * 4
     assert live.gateway.request("GET", "/v1/models", key=old).status == 200
@@ -357,6 +404,43 @@ def test_what_needs_a_restart_is_named_and_the_old_revision_serves(live: Live) -
     assert any(line.startswith("config: needs restart: ") for line in live.gateway.status()["degraded"])
     live.put(models(live.base, "small"))
     assert live.config()["needs_restart"] == []
+
+
+def test_a_changed_secret_of_a_section_is_named_until_a_restart(
+    tmp_path: Path, python: Path, upstream: Upstream
+) -> None:
+    made = Live(tmp_path, python, upstream.base, MOAT_SECRETS_POLL="60")  # seconds: a push sees the file first
+    section = "environment_variables: {SITE_TOKEN: os.environ/SITE_TOKEN}\n"
+    made.site.write("secrets/site_token", "first")
+    made.node.put(models(upstream.base, "small", more=section), keys_text("client"))
+    made.start()
+    named = ["secrets in environment_variables"]
+    try:
+        assert made.config()["needs_restart"] == []
+        made.swap("site_token", "second")
+        # The change is found by a push, ...
+        made.put(models(upstream.base, "small", "new", more=section))
+        assert made.config()["needs_restart"] == named
+        assert made.gateway.metrics()['moat_config_reload_total{result="restart"}'] == 1
+        # ... and no later one makes LiteLLM read it.
+        made.put(models(upstream.base, "small", more=section))
+        assert made.config()["needs_restart"] == named
+        until("the report has it", lambda: (r := made.report()) is not None and list(r.needs_restart) == named)
+        assert len(made.gateway.wait_events(event="config.needs_restart", names=named)) == 1
+        # With the value that the process has, nothing waits for a restart.
+        made.swap("site_token", "first")
+        assert made.site.command("reload").returncode == 0
+        assert made.config()["needs_restart"] == []
+        made.swap("site_token", "third")
+        assert made.site.command("reload").returncode == 0
+        assert made.config()["needs_restart"] == named
+    finally:
+        assert made.gateway.stop() == 0
+    made.start()
+    try:
+        assert made.config()["needs_restart"] == []
+    finally:
+        assert made.gateway.stop() == 0
 
 
 def test_memory_and_callbacks_do_not_grow_with_changes(live: Live) -> None:

@@ -176,6 +176,34 @@ def test_a_secret_that_could_be_a_password_is_not_shown_as_a_host(secrets_dir: P
     assert "hunter2" not in problems[0].one_line()
 
 
+@pytest.mark.parametrize(
+    ("base", "key", "found"),
+    [
+        ("http://model:8081/v1", "another-key", {}),
+        ("http://api.example.com/v1", "another-key", {"BASE": "api_base points to api.example.com:80"}),
+        ("api.example.com", "another-key", {"BASE": "api_base refers to a secret that holds a destination"}),
+        ("model:8081", "https://api.example.com", {"UP_KEY": "api_key points to api.example.com:443"}),
+    ],
+)
+def test_a_new_value_of_a_secret_is_judged_as_the_next_start_would(
+    base: str, key: str, found: dict[str, str], secrets_dir: Path
+) -> None:
+    text = GOOD.replace("http://model:8081/v1", "os.environ/BASE")
+    (secrets_dir / "base").write_text("http://model:8081")
+    checked, _ = check(text, secrets_dir)
+    values = {"BASE": base, "UP_KEY": key}
+    now = config.outside(checked.effective, values, checked.references, ALLOW)
+    assert {n: type(e) for n, e in now.items()} == dict.fromkeys(found, EndpointRefused)
+    for name, part in found.items():
+        assert part in now[name].message
+        assert now[name].path == str(checked.references[name])
+    for name, value in values.items():
+        checked.references[name].write_text(value)
+    at_start, problems = check(text, secrets_dir)
+    assert [p.message for p in problems] == [e.message for e in now.values()]
+    assert (at_start is None) == bool(found)
+
+
 def test_an_unreadable_secret_names_the_file(secrets_dir: Path) -> None:
     (secrets_dir / "up_key").unlink()
     (secrets_dir / "up_key").mkdir()
