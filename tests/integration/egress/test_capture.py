@@ -140,6 +140,31 @@ def test_what_the_allow_list_permits_is_no_attempt() -> None:
     assert ("gateway-1", "python3", "tcp 203.0.113.60:8000") in seen(elsewhere, "packets")
 
 
+@pytest.mark.parametrize("somebody_answers", [True, False])
+def test_a_name_looked_up_by_systemd_resolved_is_an_attempt_whatever_names_are_allowed(somebody_answers: bool) -> None:
+    listen = (
+        "mkdir -p /run/systemd/resolve; "
+        '/usr/bin/python3 -I -c "import socket, time; s = socket.socket(socket.AF_UNIX); '
+        "s.bind('/run/systemd/resolve/io.systemd.Resolve'); s.listen(); time.sleep(300)\" & "
+        "until test -S /run/systemd/resolve/io.systemd.Resolve; do sleep 0.1; done; "
+        "chmod 666 /run/systemd/resolve/io.systemd.Resolve; "
+    )
+    script = f'mount -t tmpfs tmpfs /run; {listen if somebody_answers else ""}"$@"'
+    run = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, "sh"]
+    done = subprocess.run(
+        [*run, sys.executable, str(STANDIN), "--leak", "resolved", "--allow", "llm.site.example:8000"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    asked = {("gateway-1", "python3", "name lookup through systemd-resolved")}
+    # Where nobody answers nothing is looked up: the program asks a name server next.
+    assert seen(report, "syscalls") == (asked if somebody_answers else set())
+
+
 @pytest.mark.parametrize(
     ("rights", "missing"), [("-sys_admin,-bpf,-perfmon", {"syscalls"}), ("-net_admin", {"packets", "dns"})]
 )

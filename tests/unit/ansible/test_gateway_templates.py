@@ -12,6 +12,7 @@ import yaml
 from ansible.plugins.filter.core import to_bool
 from jinja2 import Environment, StrictUndefined
 
+from moat.site.egresscheck import lookups
 from moat_gateway import errors, serve, settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -106,6 +107,27 @@ def test_config_sync_reaches_the_store_alone() -> None:
     made = sidecar(_config_sync_peers=["192.0.2.13"])
     assert (made["IPAddressDeny"], made["IPAddressAllow"]) == (["any"], ["localhost 192.0.2.13"])
     assert sidecar()["IPAddressAllow"] == ["localhost"]
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("gateway", "moat-gateway@.service.j2"),
+        ("config_sync", "moat-config-sync.service.j2"),
+        ("minio", "minio.service.j2"),
+        ("nginx", "nginx.service.j2"),
+        ("valkey", "unit.conf.j2"),
+    ],
+)
+def test_no_service_reaches_a_program_that_looks_up_names_and_each_can_tell_that_it_is_ready(
+    name: str, template: str
+) -> None:
+    text = (ROLES / name / "templates" / template).read_text("utf-8")
+    hidden = {word for line in re.findall(r"^InaccessiblePaths=(.*)$", text, re.MULTILINE) for word in line.split()}
+    assert {f"-{path}" for path in lookups.SOCKETS} <= hidden, "with - in front: most hosts have none of them"
+    # What they need: the notification, the journal, and the addresses of name servers where resolved keeps them.
+    for needed in ("/run", "/run/systemd", "/run/systemd/notify", "/run/systemd/journal", "/run/systemd/resolve"):
+        assert not {needed, f"-{needed}"} & hidden
 
 
 def test_a_source_on_a_drive_is_not_hidden_from_config_sync() -> None:

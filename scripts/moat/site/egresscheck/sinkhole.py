@@ -21,10 +21,9 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from moat.site.egresscheck import control, dnswire
+from moat.site.egresscheck import control, dnswire, lookups
 from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.attribute import ANSWERED
 from moat.site.egresscheck.leftovers import DNS_TABLE
@@ -38,7 +37,6 @@ from moat.site.egresscheck.who import Who
 _MAX_CONNECTIONS: Final = 64
 _CONNECTION_SECONDS: Final = 5.0
 _MAX_MESSAGE: Final = 4096
-RESOLVED_SOCKET: Final = Path("/run/systemd/resolve/io.systemd.Resolve")
 
 
 @dataclass
@@ -121,10 +119,9 @@ class DnsLayer:
         self._thread = threading.Thread(target=self._serve, name="sinkhole", daemon=True)
         self._thread.start()
         run(["nft", "-f", "-"], ruleset([(p.uid, p.protocol, p.family, p.number) for p in self._ports]))
-        if RESOLVED_SOCKET.exists():
-            self.notes.append("systemd-resolved runs: lookups over its own socket or D-Bus are not seen by this layer")
-        if Path("/run/nscd/socket").exists():
-            self.notes.append("nscd runs: lookups that it does for a service are not seen by this layer")
+        for path, who in lookups.SOCKETS.items():
+            if path.exists() and "bus" not in who:
+                self.notes.append(f"{who} runs: what it looks up for a service is not seen by this layer")
 
     def _listen(self, uid: int, protocol: str, family: int, address: str) -> None:
         s = socket.socket(family, socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM)

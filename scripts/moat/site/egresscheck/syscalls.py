@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moat.site.egresscheck import bpf, control
+from moat.site.egresscheck import bpf, control, lookups
 from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
@@ -71,12 +71,16 @@ class Groups:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A call and whose it was, looked up at once: a moment later the process may be gone."""
+    """A call and whose it was, looked up at once: a moment later the process may be gone.
+
+    ``nowhere``: nobody answers at the socket that it asked for.
+    """
 
     call: Call
     component: str | None
     protocol: str
     foreign: bool
+    nowhere: bool = False
 
 
 class SyscallsLayer:
@@ -148,7 +152,8 @@ class SyscallsLayer:
             component = self._who.by_uid(call.uid)
         if component is None and not self._is_control(call):
             return  # not the site's; kept nowhere: what others on this host do is not our subject
-        self._seen.append(_Seen(call, component, protocol_of(call), foreign))
+        nowhere = call.family == socket.AF_UNIX and lookups.reachable(call.pid, lookups.RESOLVED) is False
+        self._seen.append(_Seen(call, component, protocol_of(call), foreign, nowhere))
 
     def _is_control(self, call: Call) -> bool:
         return call.uid in self._who.uids and self._marks.is_control(call.address, call.port)
@@ -192,8 +197,10 @@ class SyscallsLayer:
 
     def _permitted(self, seen: _Seen, local: set[str]) -> bool:
         c = seen.call
-        if c.family == socket.AF_UNIX:  # names on the allow-list are looked up this way, too
-            return any(a.name for a in self._allowed)
+        if c.family == socket.AF_UNIX:
+            # Which name it asks for is not to be seen: one on the allow-list is no excuse. Where the unit hides the
+            # socket, the program asks the name servers next, and the name is heard there.
+            return seen.nowhere
         if not c.address:
             return False
         ip = ipaddress.ip_address(c.address)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from moat.site.egresscheck import allow, filterrules
+from moat.site.egresscheck import allow, filterrules, lookups
 from moat.site.egresscheck.model import Component, NotAvailable, Probe
 from moat.site.egresscheck.requests import Target
 from moat.site.egresscheck.tools import run
@@ -87,7 +87,8 @@ def probes(units: Sequence[str], allowed: Sequence[str] = ()) -> list[Probe]:
         hooks.append("forward")
     # What a name stands for is none of the packet filter's business, which has addresses.
     entries = [allow.parse(text, lambda _: []) for text in allowed]
-    return [*(_policy(hook, objects, entries, written) for hook in hooks), *(_sandbox(unit) for unit in units)]
+    policies = [_policy(hook, objects, entries, written) for hook in hooks]
+    return [*policies, *(probe for unit in units for probe in _unit(unit))]
 
 
 def _policy(hook: str, objects: Sequence[dict[str, Any]], entries: Sequence[allow.Allowed], written: str = "") -> Probe:
@@ -123,16 +124,13 @@ def _text(handle: int) -> str:
     return f"`{line.removesuffix(end).strip()}`" if line else f"the rule with handle {handle}"
 
 
-def _sandbox(unit: str) -> Probe:
-    """The second wall: what the unit's processes may do, and systemd's own filter on the unit's control group."""
-    done = subprocess.run(
-        ["systemctl", "show", unit, "--property", "IPAddressDeny,RestrictAddressFamilies"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _unit(unit: str) -> list[Probe]:
+    """The second wall: what the unit's processes may do and reach, and systemd's own filter on its control group."""
+    names = "IPAddressDeny,RestrictAddressFamilies,InaccessiblePaths"
+    done = subprocess.run(["systemctl", "show", unit, "--property", names], capture_output=True, text=True, check=False)
     values = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    return sandbox(unit, values, statuses(unit))
+    processes = statuses(unit)
+    return [sandbox(unit, values, processes), nobody_asks(unit, values, list(processes))]
 
 
 def statuses(unit: str, proc: Path = Path("/proc")) -> dict[int, dict[str, str]]:
@@ -170,6 +168,24 @@ def sandbox(unit: str, values: Mapping[str, str], processes: Mapping[int, Mappin
         f"IPAddressDeny={_short(values.get('IPAddressDeny', ''))}",
     ]
     return Probe(name, not gain and not raw, ", ".join(found), expected)
+
+
+def nobody_asks(unit: str, values: Mapping[str, str], pids: Sequence[int], proc: Path = Path("/proc")) -> Probe:
+    """No process of the unit may have its names looked up by another program: whose they were could not be told."""
+    # Where a process cannot be looked into (root without CAP_SYS_PTRACE), what systemd says it has hidden.
+    hidden = {word.lstrip("-") for word in values.get("InaccessiblePaths", "").split()}
+    open_ones = {}
+    for path, who in lookups.SOCKETS.items():
+        states = {lookups.reachable(pid, path, proc) for pid in pids}
+        if True in states or (None in states and str(path) not in hidden):
+            open_ones[str(path)] = who
+    found = ", ".join(f"{who} ({path})" for path, who in open_ones.items())
+    return Probe(
+        name=f"{unit}: no other program looks up names for it",
+        ok=bool(pids) and not open_ones,
+        found=f"it reaches {found}" if found else "it reaches none of them" if pids else "no process to look at",
+        expected="neither " + ", ".join(dict.fromkeys(lookups.SOCKETS.values())) + ": InaccessiblePaths= of the unit",
+    )
 
 
 def _packet_sockets(families: str | None) -> bool:

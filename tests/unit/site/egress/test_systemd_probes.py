@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moat.site.egresscheck.systemd_probes import sandbox, statuses
+from moat.site.egresscheck import lookups
+from moat.site.egresscheck.systemd_probes import nobody_asks, sandbox, statuses
 
 UNIT = "moat-gateway@1.service"
 #: A bounding set with nothing in it, with CAP_NET_RAW alone, and with everything.
@@ -50,3 +51,32 @@ def test_the_processes_are_those_of_the_control_group(tmp_path: Path) -> None:
         (tmp_path / str(pid) / "cgroup").write_text(f"0::/system.slice/{unit}\n", "utf-8")
         (tmp_path / str(pid) / "status").write_text(f"Name:\tx\nNoNewPrivs:\t1\nCapBnd:\t{RAW}\n", "utf-8")
     assert statuses(UNIT, tmp_path) == {pid: {"Name": "x", "NoNewPrivs": "1", "CapBnd": RAW} for pid in (10, 11)}
+
+
+def test_a_socket_at_which_names_are_looked_up_must_be_hidden_from_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "host/io.systemd.Resolve"
+    path.parent.mkdir()
+    monkeypatch.setattr(lookups, "SOCKETS", {path: "systemd-resolved"})
+    # Process 10 has the host's own file system, 11 something else at the same place, 12 nothing.
+    for pid, root in ((10, Path("/")), (11, tmp_path / "hidden"), (12, tmp_path / "empty")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "root").symlink_to(root)
+        root.mkdir(exist_ok=True)
+    other = tmp_path / "hidden" / path.relative_to("/")
+    other.parent.mkdir(parents=True)
+    other.touch()
+
+    def judged(*pids: int, hidden: str = "") -> tuple[bool, str]:
+        probe = nobody_asks(UNIT, {"InaccessiblePaths": hidden}, pids, tmp_path)
+        return probe.ok, probe.found
+
+    assert judged(10) == (True, "it reaches none of them"), "where nobody answers nobody can be asked"
+    path.touch()
+    assert judged(11, 12) == (True, "it reaches none of them")
+    assert judged(11, 10) == (False, f"it reaches systemd-resolved ({path})")
+    # A process that cannot be looked into: what systemd has hidden counts.
+    assert not judged(13)[0]
+    assert judged(13, hidden=f"-/boot -{path}")[0]
+    assert judged() == (False, "no process to look at")
