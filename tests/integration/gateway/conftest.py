@@ -29,6 +29,9 @@ def upstream() -> Iterator[Upstream]:
 def _behave(upstream: Upstream) -> Iterator[None]:
     yield
     upstream.behaviour.chunk_delay = 0.0
+    gate, upstream.behaviour.gate = upstream.behaviour.gate, None
+    if gate is not None:
+        gate.release(1000)
     upstream.behaviour.fail_with = 0
     upstream.behaviour.error_text = "boom"
     upstream.behaviour.cut_after = 0
@@ -46,10 +49,8 @@ def site(tmp_path: Path, python: Path, upstream: Upstream) -> Site:
 def shared(tmp_path_factory: pytest.TempPathFactory, python: Path, upstream: Upstream) -> Iterator[Gateway]:
     """A running gateway that tests share; its keys file is theirs to extend, not to break."""
     site = Site(tmp_path_factory.mktemp("shared") / "site", python).prepare(upstream.base)
-    gateway = site.start().wait_ready()
-    try:
+    with site.start().wait_ready() as gateway:
         yield gateway
-    finally:
         assert gateway.stop() == 0
 
 

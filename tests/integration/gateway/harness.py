@@ -11,14 +11,17 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.integration.hotreload.programs import port as free_port
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "images/gateway"
-START_TIMEOUT = 180.0  # seconds; LiteLLM's imports take ten, on a busy machine many times that
+START_TIMEOUT = 400.0  # seconds; LiteLLM's imports take ten, on a busy machine many times that
+PATIENCE = 120.0  # seconds; a wait that is no claim ends then at the latest
 
 CONFIG = """\
 model_list:
@@ -30,10 +33,13 @@ model_list:
 KEYS = "teams:\n  - {id: t, models: [small]}\n  - {id: all, models: ['*']}\nkeys: []\n"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def until(what: str, look: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Return the first true value of ``look``; it is asked until the deadline."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,13 @@ class Answer:
 
 
 def request(
-    port: int, method: str, path: str, body: Any = None, key: str | None = None, timeout: float = 60, **headers: str
+    port: int,
+    method: str,
+    path: str,
+    body: Any = None,
+    key: str | None = None,
+    timeout: float = PATIENCE,
+    **headers: str,
 ) -> Answer:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
@@ -110,16 +122,20 @@ class Site:
             "MOAT_KEYS": str(f / "keys.yaml"),
             "MOAT_SECRETS_DIR": str(f / "secrets"),
             "MOAT_MASTER_KEY_FILE": str(f / "secrets/master_key"),
-            "MOAT_ADMIN_SOCKET": str(f / "admin.sock"),
+            "MOAT_ADMIN_SOCKET": str(self.admin_socket),
             "MOAT_PORT": str(self.port),
             "MOAT_INSTANCE": "under-test",
             **self.extra,
         }
 
+    @property
+    def admin_socket(self) -> Path:
+        return Path(self.extra.get("MOAT_ADMIN_SOCKET", self.folder / "admin.sock"))
+
     def argv(self, *args: str) -> list[str]:
         return [str(self.python), "-m", "moat_gateway", *args]
 
-    def command(self, *args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def command(self, *args: str, timeout: float = START_TIMEOUT) -> subprocess.CompletedProcess[str]:
         """Run one command of ``moat-gateway`` to its end."""
         return subprocess.run(
             self.argv(*args), env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout
@@ -146,7 +162,28 @@ class Gateway:
     site: Site
     process: subprocess.Popen[bytes]
 
+    def __enter__(self) -> Gateway:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End it, if it still runs: the last resort of a test that failed."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def wait_ready(self) -> Gateway:
+        """Wait until it serves; one that does not is ended."""
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -155,7 +192,7 @@ class Gateway:
                 )
             try:
                 if request(self.site.port, "GET", "/_moat/ready", timeout=5).status == 200:
-                    return self
+                    return
             except OSError:
                 time.sleep(0.05)
         raise AssertionError(f"not ready after {START_TIMEOUT} s:\n{self.stdout[-3000:]}")
@@ -167,10 +204,9 @@ class Gateway:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(30)
+            return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             raise
 
     @property
@@ -186,28 +222,44 @@ class Gateway:
         # A line that is being written has no end yet.
         return [json.loads(line) for line in self.stdout.splitlines(keepends=True) if line.endswith("\n")]
 
+    def said(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the events with these fields that are there by now."""
+        return [e for e in self.events if all(e.get(k) == v for k, v in wanted.items())]
+
     def wait_events(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Return the events with these fields; the log line of a request comes just after its answer."""
-        deadline = time.monotonic() + 5
-        while True:
-            found = [e for e in self.events if all(e.get(k) == v for k, v in wanted.items())]
-            if found or time.monotonic() > deadline:
-                return found
-            time.sleep(0.02)
+        """Return the events with these fields once there is one; a request's log line comes just after its answer."""
+        found: list[dict[str, Any]] = until(f"an event with {wanted}", lambda: self.said(**wanted))
+        return found
+
+    def admin(self, path: str, method: str = "GET") -> tuple[int, str]:
+        """Ask on the admin socket; return status and body."""
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(PATIENCE)
+        try:
+            connection.sock.connect(str(self.site.admin_socket))
+            connection.request(method, path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def reload(self) -> tuple[bool, dict[str, Any]]:
+        """Do what `moat-gateway reload` does; return whether all was accepted, and what was answered."""
+        code, body = self.admin("/reload", "POST")
+        assert code in (200, 409), body
+        return code == 200, json.loads(body)
 
     def status(self) -> dict[str, Any]:
-        done = self.site.command("status", "--json")
-        assert done.returncode == 0, done.stderr
-        value = json.loads(done.stdout)
+        """Return what `moat-gateway status --json` shows, without starting a Python for it."""
+        code, body = self.admin("/status")
+        assert code == 200, body
+        value = json.loads(body)
         assert isinstance(value, dict)
         return value
 
     def metrics(self) -> dict[str, float]:
-        connection = http.client.HTTPConnection("localhost")
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(self.site.environment["MOAT_ADMIN_SOCKET"])
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
+        code, text = self.admin("/metrics")
+        assert code == 200, text
         pairs = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}

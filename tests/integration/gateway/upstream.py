@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+GATE_TIMEOUT = 600.0  # seconds; a stream whose gate nobody opens ends then, cut
+
 
 @dataclass
 class Seen:
@@ -30,6 +32,7 @@ class Behaviour:
     """How the server answers; tests change it while it runs."""
 
     chunk_delay: float = 0.0  # seconds between two chunks of a stream
+    gate: threading.Semaphore | None = None  # each chunk of a stream but the first waits until it is released once
     fail_with: int = 0  # HTTP status to answer with
     error_text: str = "boom"
     cut_after: int = 0  # chunks after which the connection is cut; 0 for never
@@ -80,9 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         base["object"] = "chat.completion.chunk"
+        gate = b.gate
         for i, word in enumerate(words):
             if i:
                 time.sleep(b.chunk_delay)
+                if gate is not None and not gate.acquire(timeout=GATE_TIMEOUT):
+                    return
             delta = {"role": "assistant", "content": word}
             self._event({**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
             if b.cut_after == i + 1:
