@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from moat.errors import EgressUnproven
+from moat.site.egresscheck import requests
 from moat.site.egresscheck.requests import NO_KEY, Gateway, Target, first_requests
 
 KEY = "sk-moat-right"
@@ -162,6 +163,23 @@ def test_every_model_is_asked_once_and_one_has_to_answer(target: Target, handler
     assert found["stream"][2].startswith("small: ")
     asked = [(path, model) for path, model, _ in handler.asked if path == "/v1/embeddings"]
     assert asked == [("/v1/embeddings", "embedder"), ("/v1/embeddings", "small")]
+
+
+def test_all_of_many_models_are_asked(target: Target, handler: type[Site]) -> None:
+    handler.models = tuple(f"model-{i}" for i in range(60))
+    results(target)
+    for path in ("/v1/chat/completions", "/v1/embeddings"):
+        assert {m for p, m, _ in handler.asked if p == path} == set(handler.models)
+
+
+def test_models_for_which_there_was_no_time_are_counted(
+    target: Target, handler: type[Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "_MODELS_SECONDS", -60)
+    handler.models = ("small", "large")
+    found = results(target)
+    why = "2 models (small, large) were not asked because the others took -1 minutes"
+    assert found["chat"] == found["embeddings"] == (0, False, why)
 
 
 def test_a_site_whose_models_are_away_was_not_exercised(target: Target, handler: type[Site]) -> None:

@@ -13,6 +13,7 @@ import http.client
 import json
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ _WRONG_KEY: Final = "sk-moat-this-is-no-key"
 NO_KEY: Final = "no client key was given (--key-file): refused as it must be, but the way to the models was not used"
 _SECONDS: Final = 120
 _MOST_BYTES: Final = 4 << 20
-_MOST_MODELS: Final = 20
+#: For one kind of request to all models: each may have a server of its own, and they may all be away.
+_MODELS_SECONDS: Final = 900
 _QUESTION: Final = "Say one word."
 
 
@@ -206,7 +208,7 @@ class _Client:
         if not names:
             return [], RequestResult("models", answer.status, False, answer.note or "the key may use no model")
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        return names[:_MOST_MODELS], RequestResult("models", answer.status, answer.status == 200, shown)
+        return names, RequestResult("models", answer.status, answer.status == 200, shown)
 
     def _refused(self, kind: str, answer: Answer) -> RequestResult:
         """A wrong key: 401 is what it must get, but no proof of what a right one sets off."""
@@ -237,13 +239,21 @@ class _Client:
         if self._empty:
             return self._without_models(kind, send(self._public, "any")[0]), None
         notes, answering, status = [], None, 0
-        for model in models:
+        deadline = time.monotonic() + _MODELS_SECONDS
+        for i, model in enumerate(models):
+            if time.monotonic() > deadline:
+                return self._out_of_time(kind, status, models[i:]), answering
             answer, note = send(self._public, model)
             notes.append(f"{model}: {answer.status or 'none'}, {note}")
             if answer.status == 200 and answering is None:
                 answering, status = model, 200
             status = status or answer.status
         return RequestResult(kind, status, answering is not None, "; ".join(notes) or "there is no model"), answering
+
+    def _out_of_time(self, kind: str, status: int, left: Sequence[str]) -> RequestResult:
+        why = f"not asked because the others took {_MODELS_SECONDS // 60} minutes"
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        return RequestResult(kind, status, False, f"{len(left)} models ({shown}) were {why}")
 
     def _one(
         self,
@@ -271,7 +281,10 @@ class _Client:
             body = {"model": "any", "input": _QUESTION}
             return self._without_models("embeddings", self._send(self._public, "POST", "/v1/embeddings", body))
         notes, status, answered = [], 0, bool(models)
-        for model in models:
+        deadline = time.monotonic() + _MODELS_SECONDS
+        for i, model in enumerate(models):
+            if time.monotonic() > deadline:
+                return self._out_of_time("embeddings", status, models[i:])
             answer = self._send(self._public, "POST", "/v1/embeddings", {"model": model, "input": _QUESTION})
             if not self._known:
                 return self._refused("embeddings", answer)
