@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from moat_gateway import config, configdir, keys, prepared, revision, strictyaml
+from moat_gateway import config, configdir, keys, literals, prepared, revision, strictyaml
 from moat_gateway.errors import BadConfig, BadKeys, GatewayError
 from moat_gateway.litellm_port import words
 from moat_gateway.prepared import Prepared
@@ -95,6 +95,18 @@ def _config(
             line=document.line(at),
         )
         for at, what in prepared.unplain(document.data)
+    ]
+    problems += [
+        BadConfig(
+            f"{dotted(at)} looks like a secret itself, and a revision must hold none",
+            found=f"a value of {length} characters",
+            expected="os.environ/NAME",
+            hint="put the value into the file NAME in the folder of secrets of every node and write os.environ/NAME "
+            "here; if it is a placeholder, write not-needed",
+            path=configdir.CONFIG,
+            line=document.line(at),
+        )
+        for at, length in literals.find(document.data)
     ]
     return (document if isinstance(document.data, dict) else None), checked
 

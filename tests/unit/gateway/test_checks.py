@@ -56,6 +56,17 @@ def only(found: tuple[Prepared | None, list[GatewayError]]) -> GatewayError:
     return problems[0]
 
 
+def test_a_secret_that_stands_in_the_file_is_refused_and_not_shown(settings: Settings) -> None:
+    secret = "sk-proj-REALkey0123456789abcdefghij"
+    e = only(check(settings, CONFIG.replace("os.environ/UP_KEY", secret)))
+    assert (e.kind, e.path, e.line) == ("bad-config", "config.yaml", 3)
+    assert e.message.startswith("model_list[0].litellm_params.api_key looks like a secret")
+    assert "os.environ/NAME" in (e.hint or "")
+    assert secret not in e.one_line()
+    ready, problems = check(settings, CONFIG.replace("os.environ/UP_KEY", "not-needed"))
+    assert (ready is not None, problems) == (True, [])
+
+
 def test_a_good_content(settings: Settings) -> None:
     ready, problems = check(settings)
     assert problems == []
