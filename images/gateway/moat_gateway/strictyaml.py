@@ -20,10 +20,12 @@ MAX_BYTES = 4 << 20  # bytes of one file
 MAX_NODES = 200_000  # values after the expansion of aliases
 MAX_TEXT = 4 * MAX_BYTES  # characters of all values after the expansion of aliases
 MAX_DEPTH = 40  # levels of nesting
+MAX_NUMBER = 64  # characters of a number
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it: ten times faster
 _PREFIX = "tag:yaml.org,2002:"
 _SCALARS = frozenset(_PREFIX + t for t in ("str", "int", "float", "bool", "null", "timestamp"))
+_NUMBERS = frozenset((_PREFIX + "int", _PREFIX + "float"))
 _MERGE = _PREFIX + "merge"
 
 Trail = tuple[str | int, ...]
@@ -100,7 +102,8 @@ def parse(text: str, *, name: str, error: type[GatewayError]) -> Document:
 
     Raises:
         GatewayError: of class ``error``, with ``path`` set to ``name`` and the line: not YAML, two documents,
-            a tag, a duplicate key, a merge of something else than mappings, too deep, too many values.
+            a tag, a duplicate key, a merge of something else than mappings, too deep, too many values, a number that
+            is too long.
     """
     try:
         _check_events(text, name, error)
@@ -195,6 +198,14 @@ class _Walker:
     def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         if node.tag not in _SCALARS:
             raise self._refuse(f"holds a value of type {node.tag}", line, "plain values", "quote it")
+        # Before it is made: YAML reads 1:30 as 90, to the base of sixty, and a long one takes the square of its length.
+        if node.tag in _NUMBERS and (":" in node.value or len(node.value) > MAX_NUMBER):
+            raise self._refuse(
+                "holds a number with colons" if ":" in node.value else "holds a number that is too long",
+                line,
+                f"at most {MAX_NUMBER} digits, no colons",
+                "put quotation marks around it if it is text",
+            )
         try:
             return self._scalars.construct_object(node)
         except (ValueError, OverflowError) as e:

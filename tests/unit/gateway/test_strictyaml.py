@@ -37,6 +37,12 @@ def parse(text: str) -> strictyaml.Document:
         ("? [1, 2]\n: x\n", 1, "not plain text"),
         ("a:\n  <<: [1]\n", 2, "merges something else"),
         ("a: 2026-13-45\n", 1, "cannot be read"),
+        ("a: 1\nb: 8080:30\n", 2, "number with colons"),
+        ("a: 1:30.5\n", 1, "number with colons"),
+        ("1:30: x\n", 1, "number with colons"),
+        ("a: 0x" + "f" * 4000, 1, "number that is too long"),
+        ("a: " + "9" * 65, 1, "number that is too long"),
+        ("a: 1." + "0" * 70, 1, "number that is too long"),
     ],
 )
 def test_refusals_have_a_line(text: str, line: int, part: str) -> None:
@@ -55,6 +61,19 @@ def test_an_alias_bomb_is_refused_quickly() -> None:
     with pytest.raises(BadConfig, match="too many values"):
         parse(bomb)
     assert time.monotonic() - begun < 10
+
+
+def test_a_number_to_the_base_of_sixty_takes_no_time() -> None:
+    begun = time.process_time()
+    with pytest.raises(BadConfig, match="number with colons"):
+        parse("a: 1" + ":1" * 200_000 + "\n")
+    # Made, it would take some ten seconds.
+    assert time.process_time() - begun < 5
+
+
+def test_numbers_of_any_sensible_length_and_quoted_ones_pass() -> None:
+    doc = parse("a: " + "9" * 64 + "\nb: '1:30'\nc: \"" + "9" * 65 + '"\nd: 0x1F\ne: 1_000\nf: vllm:8000\n')
+    assert doc.data == {"a": 10**64 - 1, "b": "1:30", "c": "9" * 65, "d": 31, "e": 1000, "f": "vllm:8000"}
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "- " * 5000 + "x", "{a: " * 5000])
