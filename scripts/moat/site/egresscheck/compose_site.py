@@ -145,7 +145,7 @@ class ComposeSite:
         names = [n for s in services.values() for n in (s.name, *s.aliases)]
         folder = next((s.namespace.parent for s in services.values() if s.namespace), None)
         # Among each other they may talk; what goes to the host's own address there is seen on the bridge.
-        calls = SyscallsLayer([*entries, Allowed("the site's own networks", networks)], self._marks)
+        calls = SyscallsLayer([*entries, Allowed("the site's own networks", networks)], self._marks, self._users)
         found: list[Layer] = [
             calls,
             BridgesLayer(bridges, entries, self._marks, self._senders, lambda: calls.watching, self._own),
@@ -159,6 +159,10 @@ class ComposeSite:
     def _running(self) -> dict[str, tuple[Path, float]]:
         services = self._deployment.services().values()
         return {s.name: (s.namespace, s.started) for s in services if s.namespace is not None and s.pid}
+
+    def _users(self) -> dict[int, int]:
+        """Return, for each user, the process of a running container."""
+        return {s.uid: s.pid for s in self._deployment.services().values() if s.pid}
 
     def _senders(self) -> dict[str, tuple[int, int]]:
         """Return, for each bridge, a container whose way out it is."""

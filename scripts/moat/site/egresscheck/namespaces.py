@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 _CLONE_NEWNET: Final = 0x40000000
+_CLONE_NEWPID: Final = 0x20000000
 T = TypeVar("T")
 
 
 def network_of(pid: int) -> Path:
     """Return the network namespace of a process, as a file."""
     return Path(f"/proc/{pid}/ns/net")
+
+
+def processes_of(pid: int) -> Path:
+    """Return the process namespace of a process, as a file."""
+    return Path(f"/proc/{pid}/ns/pid")
 
 
 def default_gateway(pid: int) -> str | None:
@@ -67,10 +73,11 @@ def _sockets(process: Path, port: int) -> Iterator[str]:
                     yield words[9]
 
 
-def inside(namespace: Path, make: Callable[[], T]) -> T:
+def inside(namespace: Path, make: Callable[[], T], processes: Path | None = None) -> T:
     """Run ``make`` in a thread that is in a network namespace.
 
-    A socket stays in the namespace that it was made in, and so does a process that the thread starts.
+    A socket stays in the namespace that it was made in, and so does a process that the thread starts; that one is in
+    the process namespace ``processes`` as well, if it is given.
 
     Raises:
         OSError: there is no such namespace, or we may not enter it; and whatever ``make`` raises.
@@ -80,13 +87,9 @@ def inside(namespace: Path, make: Callable[[], T]) -> T:
 
     def work() -> None:
         try:
-            fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET) != 0:
-                    code = ctypes.get_errno()
-                    raise OSError(code, os.strerror(code), str(namespace))
-            finally:
-                os.close(fd)
+            if processes is not None:
+                _enter(processes, _CLONE_NEWPID)
+            _enter(namespace, _CLONE_NEWNET)
             results.append(make())
         except BaseException as e:
             errors.append(e)
@@ -98,3 +101,13 @@ def inside(namespace: Path, make: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _enter(namespace: Path, kind: int) -> None:
+    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(fd, kind) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(namespace))
+    finally:
+        os.close(fd)

@@ -21,8 +21,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +31,7 @@ from moat.site.egresscheck import bpf, control, lookups
 from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
+from moat.site.egresscheck.namespaces import inside, network_of, processes_of
 from moat.site.egresscheck.sysenter import LICENSE, MESSAGES, UNREADABLE, Call, parse, program
 from moat.site.egresscheck.tools import run
 from moat.site.egresscheck.when import stamp
@@ -84,11 +86,21 @@ class _Seen:
 
 
 class SyscallsLayer:
-    """See the module. ``allowed`` are the destinations that are no leak; ``marks`` where the controls go."""
+    """See the module.
+
+    Args:
+        allowed: destinations that are no leak.
+        marks: where the controls go.
+        containers: where the services run in containers, asks for a running container's process of each user: the
+            control is made in its namespaces, as the container's own processes are what has to be seen.
+    """
 
     name = "syscalls"
 
-    def __init__(self, allowed: Sequence[Allowed], marks: Marks) -> None:
+    def __init__(
+        self, allowed: Sequence[Allowed], marks: Marks, containers: Callable[[], Mapping[int, int]] | None = None
+    ) -> None:
+        self._containers = containers
         self._allowed = allowed
         self._marks = marks
         self._who = Who(())
@@ -113,13 +125,18 @@ class SyscallsLayer:
         """Load the program, attach it, and read."""
         if platform.machine() != "x86_64":
             raise NotAvailable(f"the program is for x86_64, this is {platform.machine()}")
+        own = own_namespace()
+        if own is not None and self._containers is not None:
+            raise NotAvailable(
+                "this program runs in a container itself: processes in namespaces of their own are not seen from there"
+            )
         self._who = Who(components)
         bpf.raise_memory_limit()
         try:
             self._ring = bpf.RingBuffer(_RING_BYTES)
             self._lost_fd = bpf.create_counter()
             self._fds.append(self._lost_fd)
-            loaded = bpf.load(program(self._ring.fd, self._lost_fd, own_namespace()), LICENSE)
+            loaded = bpf.load(program(self._ring.fd, self._lost_fd, own), LICENSE)
             self._fds.append(loaded)
             self._fds.append(bpf.attach_raw_tracepoint(loaded, "sys_enter"))
         except (OSError, ValueError) as e:
@@ -160,9 +177,14 @@ class SyscallsLayer:
 
     def control(self) -> str:
         """Connect a datagram socket as every user: a call with a destination, and no packet."""
+        places = self._containers() if self._containers else {}
         for uid in self._who.uids:
             self._expected.add(uid)
-            control.attempt(uid, "connect", self._marks.ipv4, self._marks.call_port)
+            make = partial(control.attempt, uid, "connect", self._marks.ipv4, self._marks.call_port)
+            if uid in places:
+                inside(network_of(places[uid]), make, processes_of(places[uid]))
+            else:
+                make()
         if not self._who.uids:
             raise RuntimeError("no component has a user of its own")
         users = ", ".join(control.name_of(uid) for uid in self._who.uids)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that the layer of the system calls sees what containers do, and says so where it cannot.
+
+A container is a process in network and process namespaces of its own here, as the engine makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moat.site.egresscheck.syscalls import own_namespace
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loads BPF programs: needs root")
+
+#: argv: statements of the test in the middle of a capture.
+PROGRAM = """
+import json, subprocess, sys, time
+from pathlib import Path
+from moat.site.egresscheck import control
+from moat.site.egresscheck.marks import draw
+from moat.site.egresscheck.model import Component, NotAvailable
+from moat.site.egresscheck.syscalls import SyscallsLayer
+USER = 64801
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+forker = subprocess.Popen(["unshare", "--net", "--pid", "--fork", "--kill-child", "sleep", "300"])
+children = Path(f"/proc/{forker.pid}/task/{forker.pid}/children")
+while not children.read_text().split():
+    time.sleep(0.05)
+container = int(children.read_text().split()[0])
+marks = draw()
+layer = SyscallsLayer([], marks, lambda: {USER: container})
+report = {"container": container, "why": ""}
+try:
+    layer.start([Component("gateway-1", "standin", USER)])
+    exec(sys.argv[1])
+    time.sleep(0.3)
+except NotAvailable as e:
+    report["why"] = str(e)
+finally:
+    seen = layer.stop()
+    forker.kill()
+report |= {"seen": [[a.component, a.destination, a.detail] for a in seen], "problems": layer.problems}
+print(json.dumps(report))
+"""
+
+
+def capture(statements: str, *more: str) -> dict[str, Any]:
+    argv = ["unshare", "--net", *more, sys.executable, "-c", PROGRAM, statements]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.skipif(own_namespace() is not None, reason="these tests run in a container, which sees no other one")
+def test_the_control_is_made_where_the_containers_processes_are() -> None:
+    note = "made = []\nreal = control.attempt\n" + (
+        "def attempt(*a):\n"
+        "    import os\n"
+        "    made.append([os.stat('/proc/thread-self/ns/pid_for_children').st_ino, "
+        "os.stat('/proc/thread-self/ns/net').st_ino])\n"
+        "    return real(*a)\n"
+        "control.attempt = attempt\nlayer.control()\n"
+        "import os\n"
+        "report['where'] = [os.stat(f'/proc/{container}/ns/{n}').st_ino for n in ('pid', 'net')]\n"
+        "report['made'] = made\n"
+    )
+    report = capture(note)
+    assert report["why"] == ""
+    assert report["made"]
+    assert all(place == report["where"] for place in report["made"])
+    assert report["problems"] == []
+    assert {component for component, _, _ in report["seen"]} == {"control"}
+
+
+def test_from_inside_a_container_others_are_not_seen_and_the_layer_says_so() -> None:
+    report = capture("layer.control()", "--pid", "--fork", "--kill-child", "--mount-proc")
+    assert "this program runs in a container itself" in report["why"]
+    assert report["seen"] == []
