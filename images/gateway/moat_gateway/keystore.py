@@ -15,6 +15,7 @@ from moat_gateway import keys
 from moat_gateway.errors import BadKeys
 from moat_gateway.keys import Identity, KeySet, Verdict
 from moat_gateway.logs import Log
+from moat_gateway.sidethread import SideThread
 from moat_gateway.sync.files import Stamp
 from moat_gateway.sync.files import stamp as _stamp
 
@@ -38,6 +39,7 @@ class KeyStore:
         self._now = now
         self._seen: Stamp | None = None
         self._lock = threading.Lock()  # one reader at a time: the poll and POST /reload
+        self._thread = SideThread("moat-keys")
         self.current = KeySet()
         self.problem: BadKeys | None = None
         #: Looks at once whether there is a newer revision; for a key that nobody knows.
@@ -116,7 +118,7 @@ class KeyStore:
             return True
         if self._path is None or _stamp(self._path) == self._seen:
             return False
-        await asyncio.to_thread(self.refresh)
+        await self._thread.run(self.refresh)
         return True
 
     async def poll(self, interval: float) -> None:
@@ -124,7 +126,7 @@ class KeyStore:
         while True:
             await asyncio.sleep(interval)
             if self._path is not None and _stamp(self._path) != self._seen:
-                await asyncio.to_thread(self.refresh)
+                await self._thread.run(self.refresh)
 
     def _log_loaded(self) -> None:
         now = self.current

@@ -13,10 +13,8 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from moat_gateway import config, litellm_port, served, slices
 from moat_gateway.errors import BadRevision, GatewayError, UnreadableSecret
@@ -30,6 +28,7 @@ from moat_gateway.revision import MANIFEST
 from moat_gateway.secretfiles import Look, Watch, read_master_key
 from moat_gateway.served import Served
 from moat_gateway.settings import Settings
+from moat_gateway.sidethread import SideThread
 from moat_gateway.sync import nodefolder
 from moat_gateway.sync.files import Unusable, read_bytes, timestamp
 from moat_gateway.sync.nodefolder import Current, SyncState
@@ -39,8 +38,6 @@ RETRY = 5.0  # seconds after which what was refused here is tried again: the cau
 _MASTER = "master key"
 _MANY_KEYS = 300  # more are made in a thread: it holds the loop for 5 ms at a time at most, whatever their number
 _DEEP = frozenset({(), ("effective",), ("effective", "model_list"), ("deployments",), ("keys",), ("keys", "keys")})
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,7 @@ class Live:
         self._retry_secrets_at: float | None = None
         self._lock = asyncio.Lock()
         self._looks: set[asyncio.Task[None]] = set()
-        # A thread of its own: LiteLLM fills the loop's with its callbacks.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="moat-live")
+        self._thread = SideThread("moat-live")
 
     def begin(self, secrets: Mapping[str, str], master_key: str) -> None:
         """Note what the gateway was started with."""
@@ -215,7 +211,7 @@ class Live:
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     # --- the revision ---
 
@@ -225,7 +221,7 @@ class Live:
         self._retry_at = None
         number = 0
         try:
-            current = await self._in_thread(lambda: nodefolder.read_current(self._sync_dir or Path()))
+            current = await self._thread.run(lambda: nodefolder.read_current(self._sync_dir or Path()))
             if current is None or current.sha256 == self._situation.served.sha256:
                 if current is not None:
                     self._settled()
@@ -259,7 +255,7 @@ class Live:
     async def _take(self, current: Current) -> None:
         noticed = time.monotonic()
         work = slices.Slices()
-        raw = await self._in_thread(lambda: self._read(current))
+        raw = await self._thread.run(lambda: self._read(current))
         work.begin()
         try:
             plain = await slices.loads(raw, _DEEP, work.pause)
@@ -276,7 +272,7 @@ class Live:
             )
         wanted = served.of_revision(prepared, current.sha256)
         work.end()
-        look = await self._in_thread(lambda: self._secrets.look({**self._situation.served.files, **wanted.files}))
+        look = await self._thread.run(lambda: self._secrets.look({**self._situation.served.files, **wanted.files}))
         key_set = await self._key_set(prepared)
         self._say_problems(look)
         values = self._usable(wanted, look)
@@ -339,7 +335,7 @@ class Live:
         if prepared.keys_sha256 == self._keys.current.sha256:
             return self._keys.current
         if len(prepared.keys.get("keys") or ()) > _MANY_KEYS:
-            return await self._in_thread(prepared.key_set)
+            return await self._thread.run(prepared.key_set)
         return prepared.key_set()
 
     def _refused(self, number: int, e: GatewayError) -> None:
@@ -373,9 +369,9 @@ class Live:
     async def _look_at_secrets(self, *, again: bool = False) -> None:
         s = self._situation
         if self._sync_dir is not None:
-            s.sync = await self._in_thread(lambda: nodefolder.read_sync(self._sync_dir or Path()))
+            s.sync = await self._thread.run(lambda: nodefolder.read_sync(self._sync_dir or Path()))
         files = s.served.files
-        look, master = await self._in_thread(
+        look, master = await self._thread.run(
             lambda: (self._secrets.look(files), self._master.look({_MASTER: self._settings.master_key_file}))
         )
         self._log.hide([*look.values.values(), *master.values.values()])
@@ -405,7 +401,7 @@ class Live:
         changed = {n: v for n, v in values.items() if self._values.get(n) != v}
         if not changed:
             return {}
-        return await self._in_thread(
+        return await self._thread.run(
             lambda: config.outside(served.effective, changed, served.files, self._settings.allow)
         )
 
@@ -482,6 +478,3 @@ class Live:
 
     def _hold(self, seconds: float) -> None:
         self._situation.loop_blocked = max(self._situation.loop_blocked, seconds)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

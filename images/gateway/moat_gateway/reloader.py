@@ -11,6 +11,7 @@ from typing import Any
 
 from moat_gateway.live import Live
 from moat_gateway.logs import Log
+from moat_gateway.sidethread import SideThread
 from moat_gateway.status import State
 from moat_gateway.sync import nodefolder
 from moat_gateway.sync.files import boottime
@@ -39,6 +40,7 @@ class Reloader:
         self._reports_dir = Path(settings.reports_dir) if settings.sync_dir else None
         self._told = asyncio.Event()
         self._failed = False
+        self._thread = SideThread("moat-report")
 
     def told(self) -> None:
         """The situation changed: report it at once."""
@@ -53,7 +55,7 @@ class Reloader:
             The answer of ``POST /reload``; ``checked`` says whether config-sync had looked at the source in time.
         """
         checked = await self._ask_config_sync()
-        keys_ok = await asyncio.to_thread(lambda: self._state.keys.refresh(force=True))
+        keys_ok = await self._thread.run(lambda: self._state.keys.refresh(force=True))
         await self._live.look_at_everything()
         state = self._state
         problems = [e.to_dict() for e in (state.keys.problem, *state.situation.secret_problems.values()) if e]
@@ -68,16 +70,17 @@ class Reloader:
     async def _ask_config_sync(self) -> bool | None:
         if self._sync_dir is None or self._reports_dir is None:
             return None
+        sync_dir, reports_dir = self._sync_dir, self._reports_dir
         asked = boottime()
         try:
-            await asyncio.to_thread(ask_for_check, self._reports_dir)
+            await self._thread.run(lambda: ask_for_check(reports_dir))
         except OSError as e:
             self._say_unwritable(e)
             return False
         deadline = time.monotonic() + WAIT
         while time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-            sync = await asyncio.to_thread(nodefolder.read_sync, self._sync_dir)
+            sync = await self._thread.run(lambda: nodefolder.read_sync(sync_dir))
             if sync is not None and (sync.checked_boottime or 0.0) >= asked:
                 return True
         return False
@@ -100,8 +103,9 @@ class Reloader:
 
     async def _report(self) -> None:
         assert self._reports_dir is not None  # noqa: S101 - asked by run()
+        folder, report = self._reports_dir, self._state.report()
         try:
-            await asyncio.to_thread(write_report, self._reports_dir, self._state.report())
+            await self._thread.run(lambda: write_report(folder, report))
             self._failed = False
         except OSError as e:
             self._say_unwritable(e)
@@ -121,12 +125,11 @@ class Reloader:
 
     async def last_report(self, *, comes_back: bool) -> None:
         """Say that the gateway ends; it is forgotten unless it comes back in its turn."""
-        if self._reports_dir is None:
-            return
-        if comes_back:
+        folder = self._reports_dir
+        if folder is not None and comes_back:
             await self._report()
-        else:
-            await asyncio.to_thread(remove_report, self._reports_dir, self._state.settings.instance)
+        elif folder is not None:
+            await self._thread.run(lambda: remove_report(folder, self._state.settings.instance))
 
     def _say_unwritable(self, e: OSError) -> None:
         if not self._failed:
