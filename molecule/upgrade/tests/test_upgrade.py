@@ -54,8 +54,12 @@ def load(node) -> Iterator[None]:
     node.run("systemctl", "stop", "load")
 
 
+def _version(node, link: str) -> str:
+    return node.ok("readlink", link).strip().rpartition("/")[2].partition("-")[0]
+
+
 def _runs(node) -> str:
-    return node.ok("readlink", "/opt/moat/current").strip().rpartition("/")[2].partition("-")[0]
+    return _version(node, "/opt/moat/current")
 
 
 def _note(what: str, seconds: float) -> None:
@@ -81,13 +85,35 @@ def test_to_the_next_release(node) -> None:
 
 
 def test_and_back(node) -> None:
-    before = node.ok("readlink", "/opt/moat/previous").strip().rpartition("/")[2].partition("-")[0]
+    before = _version(node, "/opt/moat/previous")
     started = time.monotonic()
     node.ok("moat-site", "rollback", timeout=900)
     seconds = time.monotonic() - started
     _note("rollback", seconds)
     assert _runs(node) == before != "0.9.1"
     assert _instances(node) == {before}
+    # The playbooks of moat-site and the record too, so that its next run does not bring the newer one back.
+    assert _version(node, "/opt/moat/site") == before
+    assert json.loads(node.ok("cat", "/var/lib/moat/installed.json"))["version"] == before
+    assert node.run("test", "-e", "/etc/moat/site/rollback.begun").returncode != 0
+
+
+def test_an_upgrade_is_killed_in_the_middle(node) -> None:
+    """At the worst moment: one gateway is moved to a release that does not start. The next test goes on from here."""
+    before = _runs(node)
+    command = "exec sh /medium-broken/install.sh --yes >/run/broken.log 2>&1"
+    node.ok("systemd-run", "--quiet", "--collect", "--unit=broken", "--service-type=exec", "sh", "-c", command)
+    give_up = time.monotonic() + 600
+    while _version(node, "/opt/moat/instances/1") != "0.9.2":
+        assert time.monotonic() < give_up, node.ok("cat", "/run/broken.log")[-4000:]
+        assert node.run("systemctl", "is-active", "broken").returncode == 0, node.ok("cat", "/run/broken.log")[-4000:]
+        time.sleep(0.1)
+    node.ok("systemctl", "kill", "--signal=KILL", "broken")
+    while node.show("broken", "LoadState")["LoadState"] != "not-found":
+        assert time.monotonic() < give_up, "the killed unit stays"
+        time.sleep(0.1)
+    assert _version(node, "/opt/moat/instances/1") == "0.9.2"
+    assert _version(node, "/opt/moat/instances/2") == _runs(node) == before
 
 
 def test_a_release_that_does_not_start_is_left_again_by_itself(node) -> None:
@@ -99,8 +125,10 @@ def test_a_release_that_does_not_start_is_left_again_by_itself(node) -> None:
     assert done.returncode == 28, said[-4000:]
     assert "planted by tests/releases.py" in said, "the reason is not shown"
     assert _runs(node) == before
+    # Whatever it was that moved them: this run, or the one that was killed.
     assert _instances(node) == {before}
     for n in ("1", "2"):
+        assert _version(node, f"/opt/moat/instances/{n}") == before
         assert node.host.service(f"moat-gateway@{n}").is_running
 
 
