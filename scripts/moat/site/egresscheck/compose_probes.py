@@ -13,16 +13,16 @@ import errno
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from moat.console import Console
 from moat.site.egresscheck import bridges, leftovers
 from moat.site.egresscheck.bridges import Bridge
-from moat.site.egresscheck.containers import Deployment, Service
+from moat.site.egresscheck.containers import Deployment, Service, device_of
 from moat.site.egresscheck.marks import Marks
 from moat.site.egresscheck.model import NotAvailable, Probe
 from moat.site.egresscheck.namespaces import inside, network_of
@@ -41,7 +41,7 @@ def all_probes(deployment: Deployment, console: Console, marks: Marks, own: set[
         own: is told address and port of every packet that the probes send, before it is sent.
     """
     services = [s for s in deployment.services().values() if s.pid]
-    found = [_firewall(console), *_networks(deployment)]
+    found = [_firewall(console), *_networks(deployment), _watched(deployment)]
     for bridge in deployment.bridges():
         sender = next((s for s in services if _on(s, bridge)), None)
         if sender is None:
@@ -88,6 +88,39 @@ def _networks(deployment: Deployment) -> list[Probe]:
         if n.get("EnableIPv6"):
             found.append(Probe(f"{n['Name']} has no IPv6", False, "IPv6 is on", "off"))
     return found
+
+
+def _watched(deployment: Deployment) -> Probe:
+    """A network without a bridge (the host's own, macvlan, ipvlan, an overlay) has ways out that no rule here meets."""
+    bridges = {b.device: b for b in deployment.bridges()}
+    drivers = {str(n["Name"]): n for n in deployment.every_network()}
+    return watched(deployment.services().values(), drivers, bridges)
+
+
+def watched(
+    services: Iterable[Service], networks: Mapping[str, Mapping[str, Any]], bridges: Mapping[str, Bridge]
+) -> Probe:
+    """Judge that every network of every service is one whose packets are watched.
+
+    Args:
+        services: of the site.
+        networks: what the engine says of each network, by name.
+        bridges: the watched ones, by device.
+    """
+    outside = []
+    for s in services:
+        for name in s.networks:
+            n = networks.get(name, {})
+            driver = str(n.get("Driver", "unknown"))
+            if driver == "null" or (driver == "bridge" and device_of(n) in bridges):
+                continue  # `none` has loopback alone
+            outside.append(f"{s.name} on {name} ({driver})")
+    return Probe(
+        name="every network of every service is a bridge that is watched",
+        ok=not outside,
+        found=", ".join(outside) or "all of them",
+        expected="bridges with IPv4 addresses, and nothing else (network_mode, macvlan, ipvlan, overlay)",
+    )
 
 
 def _ipv6(services: list[Service]) -> Probe:

@@ -42,6 +42,8 @@ class Service:
         log_options: of the log driver.
         ports: container port -> where it is published.
         image: id of its image.
+        networks: every network that it is on, with an address or without (``host``), or where it has none of its own
+            how it got into one (``container:...``).
     """
 
     name: str
@@ -62,6 +64,7 @@ class Service:
     log_options: Mapping[str, str]
     ports: Mapping[int, tuple[tuple[str, int], ...]]
     image: str = ""
+    networks: tuple[str, ...] = ()
 
     @property
     def is_gateway(self) -> bool:
@@ -102,23 +105,32 @@ class Deployment:
         return dict(sorted(found.items()))
 
     def networks(self) -> list[dict[str, Any]]:
-        """Return what the engine says of each network that a service is on."""
-        names = sorted({n for s in self.services().values() for n in s.addresses})
-        return [n for n in _json("network", "inspect", *names) if n.get("Driver") == "bridge"] if names else []
+        """Return what the engine says of each network with a bridge that a service is on."""
+        return [n for n in self.every_network() if n.get("Driver") == "bridge"]
+
+    def every_network(self) -> list[dict[str, Any]]:
+        """Return what the engine says of each network that a service is on, whatever makes it."""
+        names = sorted({n for s in self.services().values() for n in s.networks if not n.startswith("container:")})
+        return list(_json("network", "inspect", *names)) if names else []
 
     def bridges(self) -> list[Bridge]:
         """Return the networks as the host sees them."""
         found = []
         for n in self.networks():
-            device = (n.get("Options") or {}).get("com.docker.network.bridge.name") or f"br-{n['Id'][:12]}"
+            device = device_of(n)
             for ipam in n["IPAM"]["Config"] or ():
                 if ":" not in ipam.get("Subnet", ":"):
-                    found.append(Bridge(str(device), str(ipam["Subnet"]), str(ipam.get("Gateway", ""))))
+                    found.append(Bridge(device, str(ipam["Subnet"]), str(ipam.get("Gateway", ""))))
         return found
 
     def engine_version(self) -> str:
         """Return the engine's version."""
         return "docker " + _docker("version", "--format", "{{.Server.Version}}").strip()
+
+
+def device_of(network: Mapping[str, Any]) -> str:
+    """Return the host's device of a network with a bridge."""
+    return str((network.get("Options") or {}).get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}")
 
 
 def _service(raw: Mapping[str, Any]) -> Service:
@@ -152,6 +164,7 @@ def _service(raw: Mapping[str, Any]) -> Service:
         log_driver=str(log.get("Type", "")),
         log_options={str(k): str(v) for k, v in (log.get("Config") or {}).items()},
         ports=dict(_ports(raw["NetworkSettings"].get("Ports") or {})),
+        networks=tuple(sorted(networks)) or (str(host.get("NetworkMode", "")) or "none",),
         image=str(raw["Image"]),
     )
 

@@ -15,8 +15,9 @@ import pytest
 
 from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.bridges import Bridge, BridgesLayer, ruleset
+from moat.site.egresscheck.compose_probes import watched
 from moat.site.egresscheck.compose_site import changes
-from moat.site.egresscheck.containers import Service
+from moat.site.egresscheck.containers import Service, _service
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Component
 from moat.site.egresscheck.names import NamesLayer, Question, parse_packet, parse_question
@@ -191,3 +192,42 @@ def test_a_container_that_does_not_run_all_the_time_is_named() -> None:
     # It had crashed before, came up with the others, and crashed again.
     crashed = {**before, "model": service("model", 0, 12, "exited")}
     assert "model ended" in changes(crashed, since, {**since, "model": service("model", 0, 112, "exited")}, 100)[0]
+
+
+def inspected(mode: str, **networks: str) -> Service:
+    """Return a service from what the engine says of its container."""
+    return _service(
+        {
+            "Config": {"Labels": {"com.docker.compose.service": "gateway-1"}, "User": "10102"},
+            "HostConfig": {"NetworkMode": mode},
+            "State": {"Pid": 0, "Status": "running", "StartedAt": "2026-01-01T00:00:00Z"},
+            "NetworkSettings": {"Networks": {name: {"IPAddress": a} for name, a in networks.items()}},
+            "Name": "/moat-gateway-1-1", "Id": "f" * 64, "Image": "sha256:0",
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "networks", "found"),
+    [
+        ("moat-core", {"moat-core": "172.30.242.11"}, ""),
+        ("moat-core", {"moat-core": ""}, ""),  # one that has done its work has no address any more
+        ("none", {"none": ""}, ""),
+        ("host", {"host": ""}, "gateway-1 on host (host)"),
+        ("moat-core", {"moat-core": "172.30.242.11", "lan": "10.0.0.7"}, "gateway-1 on lan (macvlan)"),
+        ("moat-core", {"aside": "172.31.0.2"}, "gateway-1 on aside (bridge)"),
+        ("container:4711", {}, "gateway-1 on container:4711 (unknown)"),
+    ],
+)
+def test_a_service_on_a_network_that_is_not_watched_fails_a_probe(
+    mode: str, networks: dict[str, str], found: str
+) -> None:
+    known = {
+        "moat-core": {"Driver": "bridge", "Options": {"com.docker.network.bridge.name": "moat-core"}, "Id": "1" * 64},
+        "host": {"Driver": "host", "Id": "2" * 64},
+        "none": {"Driver": "null", "Id": "3" * 64},
+        "lan": {"Driver": "macvlan", "Id": "4" * 64},
+        "aside": {"Driver": "bridge", "Options": {}, "Id": "5" * 64},  # without an IPv4 network
+    }
+    probe = watched([inspected(mode, **networks)], known, {CORE.device: CORE})
+    assert (probe.ok, probe.found) == (not found, found or "all of them")
