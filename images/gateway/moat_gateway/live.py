@@ -30,7 +30,7 @@ from moat_gateway.served import Served
 from moat_gateway.settings import Settings
 from moat_gateway.sidethread import SideThread
 from moat_gateway.sync import nodefolder
-from moat_gateway.sync.files import Unusable, read_bytes, timestamp
+from moat_gateway.sync.files import Unusable, boottime, read_bytes, timestamp
 from moat_gateway.sync.nodefolder import Current, SyncState
 
 TICK = 0.1  # seconds between two looks at current.json
@@ -56,6 +56,7 @@ class Situation:
     Attributes:
         served: the configuration in force.
         applied_at: since when.
+        follows: the setting ``sync_dir`` is there: config-sync brings revisions.
         last_refused: the revision that this gateway cannot serve, or ``None``.
         needs_restart: the names of what waits for a restart.
         sync: how config-sync is; ``None`` if nobody knows.
@@ -66,6 +67,7 @@ class Situation:
 
     served: Served
     applied_at: str
+    follows: bool = False
     last_refused: Refused | None = None
     needs_restart: tuple[str, ...] = ()
     sync: SyncState | None = None
@@ -74,8 +76,14 @@ class Situation:
     loop_blocked: float = 0.0
 
     def staleness(self) -> float:
-        """Return the seconds since the source last answered; 0 if nobody knows."""
-        return self.sync.staleness() if self.sync is not None else 0.0
+        """Return the seconds since the source last answered; 0 without config-sync.
+
+        If nobody knows when that was, it is the time since the machine started: the metric must not look best where
+        config-sync never ran, or its note cannot be read.
+        """
+        if self.sync is not None:
+            return self.sync.staleness()
+        return boottime() if self.follows else 0.0
 
     def refused(self) -> Refused | None:
         """Return what is refused by this gateway, else by config-sync, or ``None``."""
@@ -87,7 +95,7 @@ class Situation:
     def degraded(self, settings: Settings) -> list[str]:
         """Return what a person should know, one line each."""
         out = list(self.passed_over)
-        if settings.sync_dir and self.sync is None:
+        if self.follows and self.sync is None:
             out.append("config-sync: it has never run on this node, or its note cannot be read")
         elif self.staleness() > settings.stale_after:
             why = self.sync.source.why if self.sync is not None else None

@@ -29,7 +29,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("moat_config_revision", "gauge", "Revision of the configuration in force; 0 for local files."),
     Metric("moat_config_reload_total", "counter", "Changes of configuration or secrets that were applied, refused, or found to need a restart.", "result"),
     Metric("moat_config_sync_refused_total", "counter", "Revisions that this node's config-sync refused since it was started; 0 without config-sync."),
-    Metric("moat_config_staleness_seconds", "gauge", "Seconds since the source of revisions last answered config-sync; 0 without config-sync."),
+    Metric("moat_config_staleness_seconds", "gauge", "Seconds since the source of revisions last answered config-sync, or, if that is not known, since the machine started; 0 without `sync_dir`."),
     Metric("moat_config_loop_blocked_seconds", "gauge", "Longest time for which a change has held the event loop so far."),
     Metric("moat_secrets_degraded", "gauge", "Secret files whose value cannot be used or applied, so that an older one counts."),
     Metric("moat_keys", "gauge", "Client keys in force."),

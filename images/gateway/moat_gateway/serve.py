@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from moat_gateway import __version__, app, garbage, hardening, litellm_port, preflight
@@ -33,6 +34,7 @@ from moat_gateway.reloader import Reloader
 from moat_gateway.settings import Settings
 from moat_gateway.stages import ASGIApp, Message, Receive, Scope, Send
 from moat_gateway.status import State
+from moat_gateway.sync import nodefolder
 from moat_gateway.sync.files import timestamp
 
 #: The gateway ended in its turn, to be started again (``RestartForceExitStatus=`` of its unit).
@@ -116,7 +118,7 @@ def _serve_checked(settings: Settings, checked: Checked, serving: Serving, log: 
         store.replace(checked.keys)
     else:
         store.load_first()
-    state = State(settings, _situation(checked, log), store, guard)
+    state = State(settings, _situation(settings, checked, log), store, guard)
     # Both sockets are opened before the long import: a port in use is said at once.
     admin_socket = open_socket(settings.admin_socket)
     try:
@@ -133,13 +135,15 @@ def _serve_checked(settings: Settings, checked: Checked, serving: Serving, log: 
             settings.admin_socket.unlink()
 
 
-def _situation(checked: Checked, log: Log) -> Situation:
+def _situation(settings: Settings, checked: Checked, log: Log) -> Situation:
     for number, e in checked.passed_over:
         log.event("config.refused", "error", revision=number, kind=e.kind, message=e.one_line())
     if checked.passed_over:
         log.event("config.fallback", "warning", revision=checked.served.revision)
     lines = [f"config: revision {n} could not be used at the start: {e.one_line()}" for n, e in checked.passed_over]
-    return Situation(checked.served, timestamp(), passed_over=tuple(lines))
+    # Read at once: until LiteLLM is loaded, nobody looks again.
+    sync = nodefolder.read_sync(Path(settings.sync_dir)) if settings.sync_dir else None
+    return Situation(checked.served, timestamp(), follows=bool(settings.sync_dir), sync=sync, passed_over=tuple(lines))
 
 
 @contextlib.contextmanager

@@ -469,6 +469,10 @@ def test_staleness_is_seen_and_degrades(tmp_path: Path, python: Path, upstream: 
         )
         assert made.config()["staleness_seconds"] > 1
         assert made.gateway.metrics()["moat_config_staleness_seconds"] > 1
+        # Without a note of config-sync nobody knows how stale it is: not "not at all".
+        (made.node.sync_dir / "sync.json").unlink()
+        until("it is said", lambda: any("never run" in line for line in made.gateway.status()["degraded"]))
+        assert made.gateway.metrics()["moat_config_staleness_seconds"] > 1
         assert made.ask("small")[0] == 200
         assert made.gateway.status()["ready"]
     finally:
