@@ -9,22 +9,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.build.building import TARGET, moat_build
+from tests.integration.build.building import TARGET, Built, build_demo, moat_build, shared
 
 from moat.build.cache import Cache
 from moat.build.locks import Locks, active_locks
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in ``$MOAT_TEST_BUNDLE``, or a demo bundle built from the cache (seconds when it is warm)."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """A demo bundle built from the cache, and the copy of the checkout that it is built of: one for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with shared(folder / "demo-bundle", build_demo) as place:
+        yield Built(place / "checkout", next((place / "bundles").iterdir()))
+
+
+@pytest.fixture(scope="session")
+def bundle(request: pytest.FixtureRequest) -> Path:
+    """The folder in ``$MOAT_TEST_BUNDLE``, or the built demo bundle."""
     given = os.environ.get("MOAT_TEST_BUNDLE")
-    if given:
-        yield Path(given)
-        return
-    folder = tmp_path_factory.mktemp("bundles")
-    yield moat_build(folder)
-    shutil.rmtree(folder)  # pytest would keep three of them, 750 MB each
+    found: Path = Path(given) if given else request.getfixturevalue("built").bundle
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def start(images: dict[str, str]) -> Iterator[Callable[..., str]]:
         docker("rm", "--force", name, check=False)
 
 
-def until(check: Callable[[], str], wanted: str, container: str, seconds: float = 30.0) -> None:
+def until(check: Callable[[], str], wanted: str, container: str, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while wanted not in (seen := check()):
         assert time.monotonic() < end, seen + docker("logs", container)

@@ -17,23 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.build.building import ROOT, moat_build
+from tests.integration.build.building import Built, copy_checkout, moat_build
 
 from moat.build.cache import Cache
 
-PARTS = ("scripts", "images", "bundles", "ansible", "compose", "docs", "LICENSE", "pyproject.toml")
 FULL = "MOAT_LONG_TESTS" in os.environ
-
-
-def copy_checkout(source: Path, target: Path) -> Path:
-    ignore = shutil.ignore_patterns("__pycache__", ".*_cache")
-    for name in PARTS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, ignore=ignore)
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, target / name)
-    return target
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -51,12 +39,8 @@ def space(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-def test_two_builds_are_identical(space: Path, cache: Cache) -> None:
-    one = copy_checkout(ROOT, space / "one")
-    other = copy_checkout(one, space / "a-longer-name" / "two")
-    (space / "out-one").mkdir()
-    first = moat_build(space / "out-one", checkout=one)
-
+def test_two_builds_are_identical(space: Path, cache: Cache, built: Built) -> None:
+    first, other = built.bundle, copy_checkout(built.checkout, space / "a-longer-name" / "two")
     fresh = space / "cache"
     (fresh / "built").mkdir(parents=True)
     (fresh / "files").symlink_to(cache.root / "files")
@@ -85,12 +69,12 @@ def test_two_builds_are_identical(space: Path, cache: Cache) -> None:
     assert not [p for p in second.rglob("*") if p.is_symlink()]
 
 
-def test_a_changed_line_of_the_gateway_changes_one_small_layer(space: Path) -> None:
-    checkout = copy_checkout(ROOT, space / "checkout")
+def test_a_changed_line_of_the_gateway_changes_one_small_layer(space: Path, built: Built) -> None:
+    checkout = copy_checkout(built.checkout, space / "checkout")
     (space / "out").mkdir()
-    before = moat_build(space / "out", checkout=checkout)
-    old = blobs(before)
-    references = {i["name"]: i["id"] for i in json.loads((before / "manifest.json").read_text("utf-8"))["images"]}
+    old = blobs(built.bundle)
+    manifest = json.loads((built.bundle / "manifest.json").read_text("utf-8"))
+    references = {i["name"]: i["id"] for i in manifest["images"]}
     source = checkout / "images/gateway/moat_gateway/__init__.py"
     source.write_text(source.read_text("utf-8") + "\n#: A change.\nCHANGED = True\n", "utf-8")
     after = moat_build(space / "out", checkout=checkout)
