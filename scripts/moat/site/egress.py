@@ -21,6 +21,7 @@ from moat.errors import EgressFound, EgressUnproven, MoatError
 from moat.site.egresscheck import signals
 from moat.site.egresscheck.model import Report, Site
 from moat.site.egresscheck.run import Options, verify
+from moat.site.egresscheck.verdict import verdict
 
 NAME = "egress"
 HELP = "restart the running site inside a capture and prove that nothing tries to leave it"
@@ -114,7 +115,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for refusal in refusals:
         console.problem(refusal)
     code = min((r.exit_code for r in refusals), default=0)
-    console.result({**report.to_dict(), "exit": code, "folder": str(folder)}, _text(report, folder))
+    judged = verdict(report)
+    words = {"word": judged.word.value, "sentence": judged.sentence, "reasons": judged.reasons, "mind": judged.mind}
+    result = {**report.to_dict(), "verdict": words, "exit": code, "folder": str(folder)}
+    console.result(result, _text(report, folder))
     return code
 
 
