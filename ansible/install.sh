@@ -220,12 +220,15 @@ use_inventory=$inventory
 use_vars=$vars
 [ -n "$use_vars" ] || { [ ! -f "$saved_vars" ] || use_vars=$saved_vars; }
 
+# holds_vars FILE: whether it has more than comments. Ansible refuses a file of variables that has none.
+holds_vars() { grep -qvE '^[[:space:]]*(---)?[[:space:]]*(#.*)?$' "$1"; }
+
 # play PLAYBOOK ANSIBLE-OPTIONS...: runs one from the medium, for phase 1.
 play() {
     name=$1
     shift
     set -- -i "$use_inventory" -e "moat_medium=$bundle" "$@"
-    [ -z "$use_vars" ] || set -- "$@" -e "@$use_vars"
+    if [ -n "$use_vars" ] && holds_vars "$use_vars"; then set -- "$@" -e "@$use_vars"; fi
     while IFS= read -r value; do
         [ -z "$value" ] || set -- "$@" -e "$value"
     done <<END
@@ -333,10 +336,8 @@ if [ -n "$vars" ]; then
     cmp -s "$vars" "$saved_vars" || put "$saved_vars" 600 <"$vars"
 elif [ ! -f "$saved_vars" ]; then
     put "$saved_vars" 600 <<'END'
-# The variables of this site (docs/install.md). Every role's defaults/main.yml says what there is; for instance:
+# The variables of this site, one a line (docs/install.md). Every role's defaults/main.yml says what there is; for instance:
 # gateway_count: 4
----
-{}
 END
 fi
 put /usr/local/sbin/moat-site 755 <"$STORE/releases/$release/bundle/ansible/moat-site"

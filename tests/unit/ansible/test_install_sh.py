@@ -49,6 +49,20 @@ def test_both_give_a_variable_its_type_in_the_same_way() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("script", [INSTALL, SITE], ids=lambda p: p.name)
+def test_a_file_of_variables_with_comments_alone_is_not_given_to_ansible(script: Path, tmp_path: Path) -> None:
+    """Which refuses it. The one that install.sh writes is such a file."""
+    function = re.findall(r"^holds_vars\(\) .*$", script.read_text("utf-8"), re.MULTILINE)
+    assert len(function) == 1
+    for text, holds in {
+        "": False, "# a\n\n": False, "---\n  # a\n": False, "--- # a\n": False,
+        "a: 1\n": True, "# a\n{}\n": True, "--- {a: 1}\n": True, "# a\n  a: 1": True,
+    }.items():  # fmt: skip
+        (tmp_path / "vars.yml").write_text(text)
+        done = subprocess.run(["sh", "-c", f'{function[0]}\nholds_vars "$1"', "sh", str(tmp_path / "vars.yml")])
+        assert (done.returncode == 0) is holds, text
+
+
 def test_help_names_every_option_that_is_parsed_and_documented() -> None:
     shown = run(INSTALL, "--help")
     assert shown.returncode == 0
