@@ -7,13 +7,16 @@ with ``-e`` to ansible-playbook itself) counts as the number or truth value that
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar, trust_as_template
+from ansible.utils.collection_loader import AnsibleCollectionConfig
 
 ANSIBLE = Path(__file__).resolve().parents[3] / "ansible"
 
@@ -55,6 +58,13 @@ def role(name: str) -> dict[str, Any]:
     return dict(trusted(load(f"roles/{name}/defaults/main.yml")))
 
 
+@pytest.fixture(scope="module")
+def lookups() -> None:
+    """Have Ansible find its lookups, as its command does at the start; once a process."""
+    if not AnsibleCollectionConfig.collection_finder:
+        init_plugin_loader()
+
+
 # --- verify.yml ---
 
 
@@ -85,15 +95,88 @@ def test_the_entrance_is_asked_where_nginx_listens(given: dict[str, Any], asked:
         (0, '{"in_flight": 0}', True, False),
         (0, '{"in_flight": 3}', False, False),
         (15, "", True, False),
+        # It is too busy to answer in time: that is not idle.
+        (28, '{"ok": false, "exit": 28}', False, True),
         (12, "", True, True),
         (1, "Traceback", True, True),
     ],
 )
-def test_a_drain_waits_for_requests_alone(code: int, stdout: str, ended: bool, failed: bool) -> None:
-    wait = task(load("drain.yml"), "Wait for running requests and streams")
-    status = {"rc": code, "stdout": stdout}
-    assert holds(wait["until"], __drain_status=status) is ended
-    assert holds(wait["failed_when"], __drain_status=status) is failed
+@pytest.mark.parametrize(
+    ("playbook", "name"),
+    [("drain", "Wait for running requests and streams"), ("scale", "Wait until those that go are idle")],
+)
+def test_a_gateway_is_idle_when_it_says_so_or_does_not_run(
+    code: int, stdout: str, ended: bool, failed: bool, playbook: str, name: str
+) -> None:
+    wait = task(load(f"{playbook}.yml"), name)
+    status = {wait["register"]: {"rc": code, "stdout": stdout}}
+    assert holds(wait["until"], **status) is ended
+    assert holds(wait["failed_when"], **status) is failed
+
+
+def test_new_secrets_are_waited_for_at_a_gateway_that_is_too_busy_to_answer() -> None:
+    wait = task(load("rotate_secrets.yml"), "Wait until every gateway says that it has taken them")
+    assert not holds(wait["until"], __rotate_status={"rc": 28, "stdout": "{}"})
+    assert holds(wait["until"], __rotate_status={"rc": 15, "stdout": ""})
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "refused", "state"),
+    [
+        ({"drain_out": "2"}, [], None, ["a/2"]),
+        ({"drain_out": "a/2"}, ["a/3"], None, ["a/2", "a/3"]),
+        ({"drain_back": "a/2, a/3"}, ["a/2", "a/3"], None, []),
+        # Two gateways, both out: everything that follows would be refused by nginx's role, also the next `site`.
+        ({"drain_out": "1,2"}, [], "nobody", None),
+        ({"drain_out": "1"}, ["a/2"], "nobody", None),
+        ({"drain_out": 3}, [], "names", None),
+        ({"drain_out": "a/02"}, [], "names", None),
+        ({"drain_out": "b/1"}, [], "names", None),
+        ({"drain_back": "a/3"}, [], "names", None),
+        ({"drain_out": "1", "drain_back": "1"}, [], "names", None),
+        ({}, [], "names", None),
+    ],
+    ids=str,
+)
+def test_a_drain_knows_the_gateways_that_there_are(
+    given: dict[str, Any], known: list[str], refused: str | None, state: list[str] | None, tmp_path: Path, lookups: None
+) -> None:
+    plays = load("drain.yml")
+    (tmp_path / "drained.json").write_text(json.dumps(known))
+    variables = {
+        **trusted(plays[0]["vars"]), **given, "moat_site_dir": str(tmp_path), "playbook_dir": str(ANSIBLE),
+        "groups": {"moat_gateways": ["a"]}, "hostvars": {"a": {}},
+    }  # fmt: skip
+    conditions = {
+        "names": task(plays, "Refuse names that cannot be meant")["ansible.builtin.assert"]["that"],
+        "nobody": [task(plays, "Refuse to leave nobody who serves")["ansible.builtin.assert"]["that"]],
+    }
+    wrong = [n for n, that in conditions.items() if not all(holds(c, **variables) for c in that)]
+    assert wrong[:1] == ([refused] if refused else [])
+    if state is not None:
+        assert engine(**variables).template(trust_as_template("{{ _drain_state }}")) == state
+
+
+@pytest.mark.parametrize("playbook", ["drain", "scale"])
+def test_what_later_runs_put_in_force_is_kept_when_it_is_in_force(playbook: str) -> None:
+    """Else a value that is refused on the way would stop every run after this one."""
+    plays = load(f"{playbook}.yml")
+    modules = ("ansible.builtin.copy", "moat_site_vars", "ansible.builtin.lineinfile")
+    (kept,) = [i for i, p in enumerate(plays) if any(m in t for t in p.get("tasks", []) for m in modules)]
+    nginx = [i for i, p in enumerate(plays) if p["hosts"] == "moat_edge"]
+    assert max(nginx) < kept
+
+
+@pytest.mark.parametrize(
+    ("count", "right"),
+    [(1, True), (64, True), ("3", True), (0, False), (65, False), (-1, False), ("abc", False), ("2.5", False),
+     (True, False), ("", False), (100, False)],
+)  # fmt: skip
+def test_a_number_of_gateways_is_checked_before_anything_is_done(count: Any, right: bool) -> None:
+    plays = load("scale.yml")
+    first = plays[0]["tasks"][0]["ansible.builtin.assert"]["that"]
+    assert all(holds(c, gateway_count=count) for c in first) is right
+    assert not holds(first[0])
 
 
 # --- what a run that was cut left undone ---
