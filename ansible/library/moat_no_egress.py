@@ -6,6 +6,10 @@
 the node that brings the former rules back, and lets systemd load the new ones a moment *after* it has answered: a rule
 set that cuts the control connection cannot cut the answer too. The role then makes fresh control connections;
 ``confirmed`` writes the file and takes the timer away. If nobody confirms, the timer does what its name says.
+
+A run on the host itself makes no control connection, but whoever started it may sit on the host by SSH. Then ``loaded``
+notes how much was sent over that connection, and ``confirmed`` lets the timer do its work unless more than that is
+acknowledged by the far end: what was sent under the new rules has arrived.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +45,17 @@ options:
   check_ssh: {type: bool, default: true, description: Refuse a control connection that the rules would not spare.}
   forward: {type: bool, default: true, description: The rules close forwarding too.}
   dhcp: {type: bool, default: false, description: The rules let the host ask for its address by DHCP.}
+  local:
+    type: bool
+    default: false
+    description: The run is on the host itself; loaded and confirmed look at the SSH connection that started it.
 """
 
 TABLE = ("inet", "moat_egress")
 #: What ip says for an address without an end.
 FOREVER = 2**32 - 1
 RUN = Path("/run/moat-no-egress")
-PENDING, PREVIOUS = RUN / "pending.nft", RUN / "previous.nft"
+PENDING, PREVIOUS, SEEN = RUN / "pending.nft", RUN / "previous.nft", RUN / "sessions.json"
 TIMER, APPLY = "moat-no-egress-rollback", "moat-no-egress-apply"
 DELETE = f"table {TABLE[0]} {TABLE[1]}\ndelete table {TABLE[0]} {TABLE[1]}\n"
 
@@ -86,12 +95,9 @@ def listing_of(content: str) -> tuple[str, str]:
     return (out, "") if code == 0 else ("", err.strip() or f"unshare ended with code {code}")
 
 
-def control_connection() -> tuple[str, int, int] | None:
-    """Return client address, client port and server port of the SSH connection that this process belongs to.
-
-    ``sudo`` removes SSH_CONNECTION from the environment, so the parents are asked too.
-    """
-    text, pid = os.environ.get("SSH_CONNECTION", ""), os.getpid()
+def inherited(name: str) -> str:
+    """Return a variable of the environment; ``sudo`` removes those of SSH, so the parents are asked too."""
+    text, pid = os.environ.get(name, ""), os.getpid()
     while not text and pid > 1:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text("ascii", "replace")
@@ -99,12 +105,83 @@ def control_connection() -> tuple[str, int, int] | None:
             environ = Path(f"/proc/{pid}/environ").read_bytes() if pid > 1 else b""
         except (OSError, ValueError):
             break
-        found = re.search(rb"(?:^|\0)SSH_CONNECTION=([^\0]*)", environ)
+        found = re.search(rb"(?:^|\0)" + name.encode() + rb"=([^\0]*)", environ)
         text = found[1].decode("ascii", "replace") if found else ""
-    parts = text.split()
+    return text
+
+
+def control_connection() -> tuple[str, int, int] | None:
+    """Return client address, client port and server port of the SSH connection that this process belongs to."""
+    parts = inherited("SSH_CONNECTION").split()
     if len(parts) != 4 or not parts[1].isdigit() or not parts[3].isdigit():
         return None
     return parts[0].partition("%")[0], int(parts[1]), int(parts[3])
+
+
+@dataclass(frozen=True)
+class Session:
+    """An SSH connection of this host: its far end, and how many bytes were sent and acknowledged."""
+
+    peer: str
+    port: int
+    sent: int
+    acked: int
+
+
+def parse_sessions(text: str) -> list[Session]:
+    """Read what ``ss -HOtni state established`` says."""
+    found = []
+    for line in text.splitlines():
+        peer, _, port = line.split()[3].rpartition(":")
+        peer = peer.strip("[]").partition("%")[0].removeprefix("::ffff:")
+        counts = {k: int(v) for k, v in re.findall(r"\b(bytes_\w+):(\d+)", line)}
+        sent = counts.get("bytes_sent", 0) - counts.get("bytes_retrans", 0)
+        found.append(Session(peer, int(port), sent, counts.get("bytes_acked", 0)))
+    return found
+
+
+def sessions(ports: list[int]) -> list[Session] | None:
+    """Return the SSH connections of this host, or ``None`` where that cannot be told."""
+    which = " or ".join(f"sport = :{p}" for p in ports)
+    code, out, _ = run(["ss", "-HOtni", "state", "established", f"( {which} )"])
+    return parse_sessions(out) if code == 0 else None
+
+
+def to_be_proven(ports: list[int]) -> list[Session]:
+    """Return the connections of which one must outlive the rules: that of the operator who runs this.
+
+    Where that one is gone (a terminal multiplexer, to which the operator came back), it is one of those that are there;
+    where there is none, nobody can be locked out.
+    """
+    connection = control_connection()
+    if connection is None:
+        return []
+    client, port = connection[0].removeprefix("::ffff:"), connection[1]
+    there = sessions(sorted({*ports, connection[2]}))
+    if there is None:  # nothing proves it then
+        return [Session(client, port, 0, 0)]
+    return [s for s in there if (s.peer, s.port) == (client, port)] or there
+
+
+def proven(noted: list[Session], now: list[Session]) -> bool:
+    """Say whether more was acknowledged on one of the connections than had been sent when it was noted.
+
+    The kernel's two counts may differ by the one byte that opens a connection; a packet of SSH has more.
+    """
+    sent = {(s.peer, s.port): s.sent for s in noted}
+    return not noted or any(s.acked > sent[s.peer, s.port] + 1 for s in now if (s.peer, s.port) in sent)
+
+
+def say(text: str) -> None:
+    """Write a line to the operator's terminal, so that something is sent even if the run's output goes elsewhere."""
+    terminal = inherited("SSH_TTY")
+    if re.fullmatch(r"/dev/pts/[0-9]+", terminal):
+        with contextlib.suppress(OSError):
+            fd = os.open(terminal, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                os.write(fd, f"\r\n{text}\r\n".encode())
+            finally:
+                os.close(fd)
 
 
 def route_to(client: str) -> str:
@@ -234,6 +311,7 @@ def arm(module: AnsibleModule, content: str, seconds: int) -> None:
     if timer_active():  # an interrupted run left its trial behind: what it found is what must come back
         run(["systemctl", "start", f"{TIMER}.service"])
     stop_timer()
+    SEEN.unlink(missing_ok=True)
     keep(PREVIOUS, DELETE + loaded())
     keep(PENDING, content)
     for unit, after, file in ((TIMER, seconds, PREVIOUS), (APPLY, 1, PENDING)):
@@ -280,6 +358,26 @@ def present(module: AnsibleModule) -> dict[str, Any]:
     return {"changed": True, "armed": not module.check_mode, "diff": difference}
 
 
+def end_trial() -> None:
+    """Take away what belongs to the trial alone."""
+    stop_timer()
+    for file in (PENDING, PREVIOUS, SEEN):
+        file.unlink(missing_ok=True)
+
+
+def taken_back(module: AnsibleModule, why: str, found: str, expected: str, do: str) -> None:
+    """Bring the former rules back, if the timer has not done it, and fail."""
+    stop_timer()
+    if PREVIOUS.exists():
+        run([nft(), "-f", str(PREVIOUS)])
+    end_trial()
+    module.fail_json(
+        msg=f"the new rules are not in force: {why}; the site runs on as before. found: {found}; expected: {expected}; "
+        f"do: see `journalctl -u {APPLY} -u {TIMER}`, compare no_egress_extra_output and moat_egress_allow with the "
+        f"path of your control connection, and run again{do}"
+    )
+
+
 def in_force(module: AnsibleModule) -> None:
     """Fail unless the rules on trial are in force."""
     expected, why = listing_of(read(PENDING))
@@ -289,18 +387,42 @@ def in_force(module: AnsibleModule) -> None:
         if not timer_active():
             break
         time.sleep(0.1)
-    stop_timer()
-    if PREVIOUS.exists():
-        run([nft(), "-f", str(PREVIOUS)])
-    for file in (PENDING, PREVIOUS):
-        file.unlink(missing_ok=True)
-    module.fail_json(
-        msg="the new rules are not in force: the control connection did not come back in time and this host returned "
-        "to its former rules by itself, or nft refused to load them; the site runs on as before. "
-        f"found: {why or 'the former rules'}; expected: the new rules and a fresh control connection; do: see "
-        f"`journalctl -u {APPLY} -u {TIMER}`, compare no_egress_extra_output and moat_egress_allow with the path of "
-        "your control connection, and run again"
+    taken_back(
+        module,
+        "the control connection did not come back in time and this host returned to its former rules by itself, or nft "
+        "refused to load them",
+        why or "the former rules",
+        "the new rules and a fresh control connection",
+        "",
     )
+
+
+def note_sessions(module: AnsibleModule) -> None:
+    """Note how far the operator's own connection has come, now that the rules are in force."""
+    if module.params["local"] and module.params["check_ssh"]:
+        noted = to_be_proven(module.params["ssh_ports"])
+        keep(SEEN, json.dumps([[s.peer, s.port, s.sent, s.acked] for s in noted]))
+
+
+def await_proof(module: AnsibleModule) -> None:
+    """Wait until the operator's own connection has carried something under the new rules; else the timer strikes."""
+    noted = [Session(*one) for one in json.loads(read(SEEN) or "[]")]
+    if not noted:
+        return
+    ports = sorted({*module.params["ssh_ports"], *(c[2] for c in [control_connection()] if c)})
+    say("Moat: the new packet filter is in force. If you can read this line, it lets your connection through.")
+    while not proven(noted, sessions(ports) or []):
+        if not timer_active():
+            taken_back(
+                module,
+                "what was sent over your SSH connection while they were in force did not arrive, and this host "
+                "returned to its former rules by itself: they would have locked you out",
+                "no answer from " + ", ".join(f"{s.peer} port {s.port}" for s in noted),
+                "an SSH connection that goes on under the new rules",
+                ", in the foreground of the connection; from the console nothing has to be proven, and with "
+                "no_egress_check_ssh: false nothing is asked",
+            )
+        time.sleep(0.2)
 
 
 def confirmed(module: AnsibleModule) -> dict[str, Any]:
@@ -309,12 +431,11 @@ def confirmed(module: AnsibleModule) -> dict[str, Any]:
         return {"changed": False}
     if module.check_mode:
         return {"changed": True}
+    await_proof(module)
     run(["systemctl", "stop", f"{TIMER}.timer"])
     in_force(module)
     keep(Path(module.params["path"]), read(PENDING))
-    stop_timer()
-    for file in (PENDING, PREVIOUS):
-        file.unlink(missing_ok=True)
+    end_trial()
     return {"changed": True}
 
 
@@ -327,8 +448,8 @@ def absent(module: AnsibleModule) -> dict[str, Any]:
         code, _, err = run([nft(), "-f", "-"], DELETE) if current else (0, "", "")
         if code != 0:
             module.fail_json(msg=f"the table could not be removed: {err.strip()}")
-        for file in (PENDING, PREVIOUS, path):
-            file.unlink(missing_ok=True)
+        end_trial()
+        path.unlink(missing_ok=True)
         for folder in (RUN, path.parent):
             with contextlib.suppress(OSError):  # not there, or not ours alone
                 folder.rmdir()
@@ -357,6 +478,7 @@ def main() -> None:
             "check_ssh": {"type": "bool", "default": True},
             "forward": {"type": "bool", "default": True},
             "dhcp": {"type": "bool", "default": False},
+            "local": {"type": "bool", "default": False},
         },
         required_if=[("state", "present", ["content"])],
         supports_check_mode=True,
@@ -365,6 +487,7 @@ def main() -> None:
     if state == "loaded":
         if not module.check_mode:
             in_force(module)
+            note_sessions(module)
         module.exit_json(changed=False)
     actions = {"check": check, "present": present, "confirmed": confirmed, "absent": absent}
     module.exit_json(**actions[state](module))

@@ -81,6 +81,56 @@ def test_the_connection_is_found_through_sudo_which_empties_the_environment() ->
     assert done.stdout.strip() == "('198.51.100.7', 40000, 2222)", done.stderr
 
 
+#: As ss 6.15 (Debian 13) prints it, shortened: IPv4, IPv6, and one that a socket for both has accepted.
+SESSIONS = """\
+0 0 192.0.2.1:22 198.51.100.7:40000 cubic rto:204 bytes_sent:4200 bytes_retrans:200 bytes_acked:3900 bytes_received:7
+0 0 [2001:db8::1]:22 [2001:db8::7]:40001 cubic rto:204 bytes_sent:10 bytes_acked:10
+0 0 [::ffff:192.0.2.1]:22 [::ffff:198.51.100.8]:40002 cubic rto:204
+"""
+
+
+def test_the_far_ends_of_the_ssh_connections_are_read_with_what_they_acknowledged() -> None:
+    found = [(s.peer, s.port, s.sent, s.acked) for s in MODULE.parse_sessions(SESSIONS)]
+    assert found == [
+        ("198.51.100.7", 40000, 4000, 3900), ("2001:db8::7", 40001, 10, 10), ("198.51.100.8", 40002, 0, 0),
+    ]  # fmt: skip
+
+
+def test_only_what_was_sent_under_the_new_rules_proves_a_connection() -> None:
+    session = MODULE.Session
+    noted = [session("198.51.100.7", 40000, 4000, 3900)]
+    assert not MODULE.proven(noted, noted)
+    # What was on its way when they came; then a packet that was sent after that.
+    assert not MODULE.proven(noted, [session("198.51.100.7", 40000, 4100, 4001)])
+    assert MODULE.proven(noted, [session("198.51.100.7", 40000, 4100, 4028)])
+    # Another connection, and one that has ended.
+    assert not MODULE.proven(noted, [session("198.51.100.8", 40000, 9000, 9000)])
+    assert not MODULE.proven(noted, [])
+    # Nobody has come by SSH.
+    assert MODULE.proven([], [])
+
+
+@pytest.mark.parametrize(
+    ("connection", "said", "whose"),
+    [
+        ("", SESSIONS, []),
+        ("198.51.100.7 40000 192.0.2.1 22", SESSIONS, [40000]),
+        ("::ffff:198.51.100.8 40002 ::ffff:192.0.2.1 22", SESSIONS, [40002]),
+        # The one that started a terminal multiplexer is gone: any of those that are there may be the operator's.
+        ("198.51.100.7 39000 192.0.2.1 22", SESSIONS, [40000, 40001, 40002]),
+        ("198.51.100.7 39000 192.0.2.1 22", "", []),
+        # Without an answer of ss nothing is taken for proven.
+        ("198.51.100.7 40000 192.0.2.1 22", None, [40000]),
+    ],
+)
+def test_the_connection_that_has_to_prove_itself_is_the_operators(
+    connection: str, said: str | None, whose: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "inherited", lambda name: connection)
+    monkeypatch.setattr(MODULE, "run", lambda argv: (127, "", "") if said is None else (0, said, ""))
+    assert [s.port for s in MODULE.to_be_proven([22])] == whose
+
+
 LINK = {"family": "inet", "local": "192.0.2.7", "prefixlen": 24, "valid_life_time": 4294967295}
 LEASE = {**LINK, "dynamic": True, "valid_life_time": 3600}
 
