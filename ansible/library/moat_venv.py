@@ -3,8 +3,9 @@
 """Ansible module ``moat_venv``: a Python environment from a bundle's wheels, whole or not at all, without a network.
 
 A virtual environment cannot be built under another name and then renamed: its scripts name their interpreter by its
-path. So a marker, written last and flushed to disk, says that an environment is whole and from which requirements it
-was made. Without it, or with another content, everything is built anew.
+path. So a marker, written last and flushed to disk, says that an environment is whole, from which requirements it was
+made, and for which Python: its minor version and binary interface, since an update from 3.13.5 to 3.13.7 runs it as it
+is. Without it, or with another content, everything is built anew; but not under the feet of a process that uses it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def run(argv: list[str], what: str) -> str:
 
 def wanted(python: str, requirements: Path) -> dict[str, Any]:
     """Return what the marker of a whole environment says."""
-    version = run([python, "-c", "import sys; print(sys.version)"], "asking Python for its version").strip()
+    code = "import sys, sysconfig; print('%d.%d' % sys.version_info[:2], sysconfig.get_config_var('SOABI'))"
+    version = run([python, "-I", "-c", code], "asking Python for its version").strip()
     try:
         digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
     except OSError as e:
@@ -93,6 +95,25 @@ def present(path: Path) -> dict[str, Any] | None:
         return dict(json.loads((path / MARKER).read_text("utf-8")))
     except (OSError, ValueError):
         return None
+
+
+def users(path: Path, proc: Path = Path("/proc")) -> list[str]:
+    """Return the processes that run from an environment: by a program of it, or by a library that they have loaded."""
+    found, real = [], path.resolve()
+    for process in sorted(proc.glob("[0-9]*"), key=lambda p: int(p.name)):
+        try:
+            words = [
+                Path(os.fsdecode(w)) for w in (process / "cmdline").read_bytes().split(b"\0") if w.startswith(b"/")
+            ]
+            # Its python is a link to the host's, and a gateway is started under the name of a link to the release.
+            ours = any(real in (w.parent.resolve() / w.name).parents for w in words)
+            ours = ours or f" {real}/" in (process / "maps").read_text("utf-8", "replace")
+            name = (process / "comm").read_text("utf-8", "replace").strip()
+        except OSError:  # it has ended
+            continue
+        if ours and process.name != str(os.getpid()):
+            found.append(f"{name} (process {process.name})")
+    return found
 
 
 def find_pip(wheels: Path) -> Path:
@@ -189,6 +210,15 @@ def main() -> None:
         marker = wanted(p["python"], requirements)
         if present(path) == marker:
             module.exit_json(changed=False)
+        running = users(path) if path.exists() else []
+        if running:
+            there = present(path) or {}
+            raise Refused(
+                f"{path} has to be made anew, and it is in use. Found {', '.join(running)}; it was made for Python "
+                f"{there.get('python', 'unknown')}, and {p['python']} is {marker['python']}; expected no process that "
+                "runs from it. Do: bring a newer release, whose environment is another folder; or stop them (systemctl "
+                "stop moat.target 'moat-gateway@*' moat-config-sync), then run this again"
+            )
         pip = Path(p["pip"]) if p["pip"] else find_pip(wheels)
         if module.check_mode:
             module.exit_json(changed=True)

@@ -10,9 +10,11 @@ import base64
 import hashlib
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
 from pathlib import Path
@@ -60,6 +62,41 @@ def test_an_environment_is_whole_only_with_its_marker_and_its_own_requirements(t
     assert venv.present(tmp_path) != venv.wanted(sys.executable, requirements)
     (tmp_path / venv.MARKER).write_text('{"format"')  # cut by a power failure
     assert venv.present(tmp_path) is None
+
+
+def test_an_update_of_python_within_its_minor_version_leaves_an_environment_as_it_is(tmp_path: Path) -> None:
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("one==1.0 --hash=sha256:00\n")
+    said = venv.wanted(sys.executable, requirements)["python"]
+    # What of it a security update or another build of Debian's changes: none.
+    assert said == f"{sys.version_info[0]}.{sys.version_info[1]} {sysconfig.get_config_var('SOABI')}"
+    assert platform.python_version() not in said
+
+
+def test_an_environment_that_a_process_runs_from_is_not_made_anew(tmp_path: Path) -> None:
+    path, link = tmp_path / "releases" / "a" / "venv", tmp_path / "current"
+    (path / "bin").mkdir(parents=True)
+    (path / "bin/python").symlink_to(sys.executable)
+    link.symlink_to("releases/a")
+    assert venv.users(path) == []
+    with subprocess.Popen([link / "venv/bin/python", "-c", "input()"], stdin=subprocess.PIPE) as process:
+        (found,) = venv.users(path)
+        assert found.endswith(f"(process {process.pid})")
+        # The module itself refuses, and nothing is touched.
+        requirements = tmp_path / "requirements.txt"
+        requirements.write_text("one==1.0 --hash=sha256:00\n")
+        arguments = {"path": str(path), "wheels": str(tmp_path), "requirements": str(requirements)}
+        arguments["python"] = sys.executable
+        code = "from tests.unit.ansible.modules import module; module('moat_venv').main()"
+        argv = [sys.executable, "-c", code, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[3])
+        said = json.loads(done.stdout)
+        process.communicate(b"\n")
+    assert said["failed"] is True, said
+    assert f"{path} has to be made anew, and it is in use" in said["msg"]
+    assert "Do: bring a newer release" in said["msg"]
+    assert (path / "bin/python").exists()
+    assert venv.users(path) == []
 
 
 def test_one_pip_wheel_is_found_and_none_or_two_are_refused(tmp_path: Path) -> None:
