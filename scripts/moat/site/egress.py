@@ -19,7 +19,7 @@ from typing import Final
 from moat.console import Console
 from moat.errors import EgressFound, EgressUnproven, MoatError
 from moat.site.egresscheck import signals
-from moat.site.egresscheck.model import Report, Site
+from moat.site.egresscheck.model import JSON_NAME, Report, Site
 from moat.site.egresscheck.run import Options, verify
 from moat.site.egresscheck.verdict import verdict
 
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             hint="run it as root on the host: it sets packet filter rules, watches system calls and restarts services",
         )
     folder = args.out or EVIDENCE_DIR / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    refuse_to_overwrite(folder)
     with signals.ended_once():
         site = _site(args.site, args.dir, args.key_file, console)
         options = Options(quiet_seconds=args.quiet_seconds, allow=tuple(args.allow))
@@ -120,6 +121,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
     result = {**report.to_dict(), "verdict": words, "exit": code, "folder": str(folder)}
     console.result(result, _text(report, folder))
     return code
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Refuse a folder that has a report: evidence stays as it was.
+
+    Raises:
+        EgressUnproven: it has one.
+    """
+    if (folder / JSON_NAME).exists():
+        raise EgressUnproven(
+            "there is a report in this folder already",
+            found=str(folder / JSON_NAME),
+            expected="a folder without one: no report is ever overwritten",
+            hint="give another folder with --out, or none",
+            path=str(folder),
+        )
 
 
 def _site(kind: str, directory: Path, key_file: Path | None, console: Console) -> Site:
@@ -183,6 +200,7 @@ def _text(report: Report, folder: Path) -> str:
         lines.append(
             f"request    {request.kind:<10} {request.status:>3} {'ok' if request.ok else 'FAILED'} {request.note}"
         )
+    lines += [f"mind       {sentence}" for sentence in verdict(report).mind]
     lines.append(f"report     {folder / 'egress-report.html'}")
     words = "nothing tried to leave" if report.clean else f"NOT CLEAN: {len(report.attempts)} attempts to leave"
     lines.append(f"egress: {words}; {'proven' if report.proven else 'NOT PROVEN'}")

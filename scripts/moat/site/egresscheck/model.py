@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+JSON_NAME: Final = "egress-report.json"
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ class LayerResult:
         available: the host offers it.
         control_caught: its positive control was seen by it; ``None`` where it is not available.
         why: why it is not available, or what the control was.
+        notes: what it did not see in this run, or left alone: no finding, but whoever accepts the report has to know.
     """
 
     name: str
     available: bool
     control_caught: bool | None
     why: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Final
 
-from moat.site.egresscheck.model import LayerResult, Report
+from moat.site.egresscheck.model import JSON_NAME, LayerResult, Report
 from moat.site.egresscheck.verdict import Group, Verdict, by_component, count, verdict
 
-JSON_NAME: Final = "egress-report.json"
 #: Longest text of one value; the rest is in the JSON file.
 LONGEST: Final = 300
 #: Most rows of one component; the rest is in the JSON file.
@@ -26,20 +25,27 @@ LONGEST_RULES: Final = 200_000
 #: What each layer can see, and what not.
 _LAYERS: Final = {
     "packets": (
-        "every packet that a process of the site hands to the network, IPv4 and IPv6, whatever its protocol",
-        "an attempt that fails before there is a packet (“syscalls” sees those); the name behind an address",
+        "every packet that a process with a user of the site hands to the network, IPv4 and IPv6, by whatever call; of "
+        "root's packets the new connections of processes in a unit of the site",
+        "an attempt that fails before there is a packet (“syscalls” sees those); frames of raw packet sockets; the "
+        "name behind an address",
     ),
     "dns": (
-        "every name that the site's processes ask a resolver for: the only layer that gives names",
-        "an attempt that uses an address without asking for a name (“packets” and “syscalls” see those)",
+        "every name that the site's processes ask a name server for at port 53: the only layer that gives names",
+        "an attempt that uses an address without asking for a name (“packets” or “bridges” and “syscalls” see those); "
+        "what another program looks up for a process over its socket or the bus (systemd-resolved, nscd, Avahi); names "
+        "inside of an encrypted connection, which itself is seen; names that a process of root asks for on the host",
     ),
     "syscalls": (
-        "every call by which a process asks the kernel to connect or to send, even if it fails at once",
-        "names; what a process does through an interface other than the socket calls",
+        "connect, sendto, sendmsg and sendmmsg, by which a process asks the kernel to connect or to send, even if they "
+        "fail at once",
+        "names; io_uring; 32-bit programs; further messages of a sendmmsg than its first eight; a kind of socket that "
+        "the service may not even open. What of these becomes a packet is seen by “packets” or “bridges”",
     ),
     "bridges": (
-        "every packet that leaves a container towards anything but the site's own containers",
-        "an attempt that fails inside of the container (“syscalls” sees those); the process behind a packet",
+        "every packet that leaves a container by a watched bridge towards anything but the site's own containers",
+        "an attempt that fails inside of the container (“syscalls” sees those); the process behind a packet; frames "
+        "between containers of one network",
     ),
 }
 
@@ -170,12 +176,16 @@ def _subject(report: Report) -> str:
 
 
 def _done(report: Report) -> str:
+    asked = (
+        "Then the requests below were sent, and"
+        if report.requests
+        else "<strong>No request was sent</strong>: what one sets off is not in the picture. Then"
+    )
     text = (
-        "<p>Every service of the site was restarted while the layers below watched what its processes do, so that "
-        "the start itself is in the picture. Then each kind of request was sent once through the public port, and "
-        f"nothing was done for {report.quiet_seconds:g} seconds. For each layer one attempt to leave was made on "
-        "purpose, towards an address that is reserved for documentation: a layer that does not see it proves "
-        "nothing.</p>"
+        "<p>Every service of the site that ran was restarted while the layers below watched what its processes do, so "
+        f"that the start itself is in the picture. {asked} nothing was done for {report.quiet_seconds:g} seconds. For "
+        "each layer attempts to leave were made on purpose, towards an address that is reserved for documentation: a "
+        "layer that does not see them proves nothing.</p>"
     )
     rows = [[_moment(s.when), say(s.what)] for s in report.steps]
     return _section(

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-from moat.site.egresscheck.model import Report
-from moat.site.egresscheck.page import JSON_NAME, page
+from moat.site.egresscheck.model import JSON_NAME, Report
+from moat.site.egresscheck.page import page
 from moat.site.state import write_atomically
 
 HTML_NAME: Final = "egress-report.html"

@@ -114,8 +114,7 @@ class Capture:
                 continue
             caught = name in self._controls and any(a.layer == name and a.component == CONTROL for a in self.seen)
             why = self._failed.get(name) or f"control: {self._controls.get(name, 'not made')}"
-            notes = "; ".join(getattr(layer, "notes", ()))
-            found.append(LayerResult(name, True, caught, f"{why}; {notes}" if notes else why))
+            found.append(LayerResult(name, True, caught, why, tuple(getattr(layer, "notes", ()))))
         return found
 
 

@@ -26,7 +26,7 @@ class Verdict:
         word: the verdict.
         sentence: what it means.
         reasons: why, one sentence each; for a pass, what it rests on.
-        mind: what was not available, one sentence each; a pass may have some.
+        mind: what this run did not look at, one sentence each; a pass has some too.
     """
 
     word: Word
@@ -39,11 +39,7 @@ def verdict(report: Report) -> Verdict:
     """Say in words what :attr:`Report.ok` says: something found, nothing proven, or a pass."""
     found = _found(report)
     lacking = _lacking(report)
-    mind = tuple(
-        f"The layer “{layer.name}” is not available on this host: {layer.why}"
-        for layer in report.layers
-        if not layer.available
-    )
+    mind = _unseen(report)
     if found:
         tried = "Something tried to leave this site."
         open_ = "Nothing tried to leave, but the site is not closed as it should be."
@@ -69,6 +65,24 @@ def verdict(report: Report) -> Verdict:
         ),
         mind,
     )
+
+
+def _unseen(report: Report) -> tuple[str, ...]:
+    sentences = []
+    for layer in report.layers:
+        if not layer.available:
+            sentences.append(f"The layer “{layer.name}” is not available on this host: {layer.why}")
+        sentences += [f"The layer “{layer.name}”: {note}." for note in layer.notes]
+    if not report.requests:
+        sentences.append(
+            "No request was sent: this host has no entrance and no gateway, or the run did not come so far. What a "
+            "request sets off was not seen."
+        )
+    sentences.append(
+        f"The watching ended {report.quiet_seconds:g} seconds after the first requests. What a program does later (an "
+        "hourly report, a daily look-up of updates) is not covered: a longer time is `--quiet SECONDS`."
+    )
+    return tuple(sentences)
 
 
 def _found(report: Report) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from moat.errors import EgressUnproven
+from moat.site.egress import refuse_to_overwrite
 from moat.site.egresscheck.model import (
     Attempt,
     Component,
@@ -95,8 +97,33 @@ def test_a_missing_layer_is_named_beside_a_pass() -> None:
     layers = (*PASS.layers, LayerResult("syscalls", False, None, "the kernel refuses BPF programs"))
     judged = verdict(replace(PASS, layers=layers))
     assert judged.word is Word.PASS
-    assert judged.mind == ("The layer “syscalls” is not available on this host: the kernel refuses BPF programs",)
+    assert judged.mind[0] == "The layer “syscalls” is not available on this host: the kernel refuses BPF programs"
     assert "the kernel refuses BPF programs" in page(replace(PASS, layers=layers))
+
+
+def test_what_was_not_looked_at_stands_beside_a_pass() -> None:
+    layers = (replace(PASS.layers[0], notes=("IPv6 is off on this host",)), PASS.layers[1])
+    report = replace(PASS, layers=layers, requests=(), quiet_seconds=45)
+    judged = verdict(report)
+    assert judged.word is Word.PASS
+    note, request, quiet = judged.mind
+    assert note == "The layer “bridges”: IPv6 is off on this host."
+    assert request.startswith("No request was sent")
+    assert quiet.startswith("The watching ended 45 seconds after the first requests.")
+    # A pass with nothing else to say about it still says how long it looked.
+    assert [m.partition(" seconds")[0] for m in verdict(PASS).mind] == ["The watching ended 30"]
+    text = page(report)
+    for sentence in judged.mind:
+        assert sentence in text
+    assert "the requests below were sent" not in text
+    assert "the requests below were sent" in page(PASS)
+
+
+def test_a_report_is_never_written_over(tmp_path: Path) -> None:
+    refuse_to_overwrite(tmp_path)
+    write_report(PASS, tmp_path)
+    with pytest.raises(EgressUnproven, match="there is a report in this folder already"):
+        refuse_to_overwrite(tmp_path)
 
 
 def test_the_page_loads_and_runs_nothing() -> None:

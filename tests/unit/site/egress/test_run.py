@@ -35,6 +35,7 @@ class OneLayer:
         self.name, self._log, self._offered, self._catches = name, log, offered, catches
         self._controls = 0
         self.problems: list[str] = []
+        self.notes: list[str] = []
 
     def start(self, components: Sequence[Component]) -> None:
         self._log.append(f"start {self.name}")
@@ -120,6 +121,15 @@ def test_a_layer_that_is_not_offered_is_named_and_what_it_set_is_removed(tmp_pat
     assert log[:3] == ["start packets", "start dns", "stop dns"]
     assert (report.layers[1].available, report.layers[1].why) == (False, "the kernel is too old")
     assert report.ok
+
+
+def test_what_a_layer_left_alone_is_told_beside_its_control(tmp_path: Path) -> None:
+    log: list[str] = []
+    layer = OneLayer("packets", log)
+    layer.notes = ["3 packets of users outside the site were left alone"]
+    report, _ = verify(OneSite([layer], log), tmp_path)
+    assert report.layers[0].notes == ("3 packets of users outside the site were left alone",)
+    assert report.layers[0].why == "control: 198.51.100.1"
 
 
 def test_without_a_layer_for_packets_or_calls_nothing_is_proven(tmp_path: Path) -> None:
