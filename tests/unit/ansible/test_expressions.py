@@ -179,6 +179,39 @@ def test_a_number_of_gateways_is_checked_before_anything_is_done(count: Any, rig
     assert not holds(first[0])
 
 
+# --- the control host ---
+
+
+@pytest.mark.parametrize(
+    ("local", "more", "passes"),
+    [
+        ("node1", {}, True),
+        ("", {}, False),
+        # The store's host alone: it has no program that publishes.
+        ("node3", {}, False),
+        ("", {"config_sync_publish": "never"}, True),
+        ("", {"config_sync_publish": "always"}, False),
+    ],
+)
+def test_a_control_host_that_could_not_publish_is_refused(local: str, more: dict[str, Any], passes: bool) -> None:
+    names = ("node1", "node2", "node3")
+    hostvars = {n: {"inventory_hostname": n, **({"ansible_connection": "local"} if n == local else {})} for n in names}
+    groups = {"moat_gateways": ["node1", "node2"], "moat_store": ["node3"]}
+    steps = load("roles/preflight/tasks/main.yml")
+    refusal = task(steps, "Refuse a control host that could not publish the site's configuration")
+    variables = {**trusted(load("roles/preflight/vars/main.yml")), "groups": groups, "hostvars": hostvars, **more}
+    assert holds(refusal["ansible.builtin.assert"]["that"], **variables) is passes
+    said = engine(**variables).template(trusted(refusal["ansible.builtin.assert"]["fail_msg"]))
+    assert "expected the control host among node1 node2. Do: run install.sh on one of these" in said
+
+
+@pytest.mark.parametrize("name", ["example-multinode", "localhost"])
+def test_the_inventories_on_the_medium_have_a_control_host_that_publishes(name: str) -> None:
+    everything = load(f"inventory/{name}.yml")["all"]
+    gateways = everything["children"]["moat_gateways"]["hosts"]
+    assert [h for h in gateways if (everything["hosts"][h] or {}).get("ansible_connection") == "local"]
+
+
 # --- what a run that was cut left undone ---
 
 
@@ -287,3 +320,55 @@ def test_rules_are_the_same_for_text_and_truth_values(template: str) -> None:
     assert found[True, True] == found[True, False]
     assert found[False, True] == found[False, False]
     assert found[True, True] != found[False, False]
+
+
+# --- one gateway at a time ---
+
+
+@pytest.mark.parametrize(
+    ("hosts", "out", "only"),
+    [
+        # The default's two gateways of one host.
+        ({"a": {}}, [], 0),
+        ({"a": {}}, ["a/2"], 1),
+        ({"a": {}}, ["a/1"], 2),
+        # A site with one gateway has asked for it.
+        ({"a": {"gateway_count": 1}}, [], 0),
+        ({"a": {"gateway_count": 3}}, ["a/2"], 0),
+        # Two hosts: what is in on the other one counts.
+        ({"a": {}, "b": {}}, ["a/2"], 0),
+        ({"a": {}, "b": {}}, ["a/2", "b/1", "b/2"], 1),
+        ({"a": {}, "b": {}}, ["a/1", "a/2", "b/1"], 0),
+        ({"a": {"gateway_count": 1}, "b": {"gateway_count": "1"}}, ["b/1"], 1),
+        # Of one that is not there any more nothing follows.
+        ({"a": {"gateway_count": 1}}, ["a/2"], 0),
+    ],
+    ids=str,
+)
+def test_the_gateway_that_alone_gets_requests_is_known(
+    hosts: dict[str, dict[str, Any]], out: list[str], only: int, tmp_path: Path, lookups: None
+) -> None:
+    (tmp_path / "drained.json").write_text(json.dumps(out))
+    variables = {
+        **trusted(load("roles/gateway/vars/main.yml")), "role_path": str(ANSIBLE / "roles/gateway"),
+        "moat_site_dir": str(tmp_path), "groups": {"moat_gateways": list(hosts)}, "hostvars": hosts,
+        "inventory_hostname": "a",
+    }  # fmt: skip
+    roll = load("roles/gateway/tasks/roll.yml")[0]["moat_instances"]["only"]
+    assert int(engine(**variables).template(trust_as_template(roll))) == only
+    assert int(engine(**variables, gateway_alone="true").template(trust_as_template(roll))) == 0
+
+
+def test_gateways_of_several_nodes_are_never_restarted_at_the_same_time() -> None:
+    """Neither on their way to a release, nor on the way back, nor for a new secret."""
+    (back, _stop) = load("roles/gateway/tasks/outcome.yml")
+    assert back["throttle"] == 1
+    rolls = 0
+    for path in ANSIBLE.glob("*.yml"):
+        for play in load(path.name):
+            for one in play.get("tasks", []):
+                role = one.get("ansible.builtin.import_role") or one.get("ansible.builtin.include_role") or {}
+                if role.get("tasks_from") == "roll":
+                    rolls += 1
+                    assert play["serial"] == 1, f"{path.name}: {play['name']}"
+    assert rolls >= 4
