@@ -11,7 +11,7 @@ EVENTS: dict[str, str] = {
     "settings.unknown": "A `MOAT_*` variable is not a setting. Field: `names`.",
     "environment.ignored": "Inherited variables that would steer LiteLLM past the checked configuration were removed. Field: `names`.",
     "config.deployments_dropped": "LiteLLM left out deployments that it found invalid. Fields: `expected`, `found`.",
-    "config.applied": "A revision took effect. Fields: `revision`, `sha256`, `seconds` from noticing it, `made` (deployments that were made anew), `loop_ms` (longest hold of the event loop).",
+    "config.applied": "A revision took effect. Fields: `revision`, `sha256`, `seconds` from noticing it, `made` (deployments that were made anew), `loop_ms` (longest hold of the event loop), `loop_cpu_ms` (most processor time of one hold: what it takes on a machine with nothing else to do).",
     "config.refused": "A revision cannot be served; the one before it still serves. Fields: `revision`, `kind`, `message`.",
     "config.needs_restart": "What is wanted can only be taken by a restart; until then the configuration before it serves. Fields: `revision`, `names`, `policy`.",
     "config.fallback": "At the start the newest revision of the node could not be used. Fields: `revision` (what serves instead; 0 for the local files).",

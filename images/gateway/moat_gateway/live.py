@@ -308,6 +308,7 @@ class Live:
             seconds=round(time.monotonic() - noticed, 3),
             made=change.made,
             loop_ms=round(1000 * work.longest, 2),
+            loop_cpu_ms=round(1000 * work.longest_own, 2),
         )
 
     def _read(self, current: Current) -> str:

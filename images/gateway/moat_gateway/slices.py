@@ -27,17 +27,20 @@ class Slices:
 
     Attributes:
         longest: seconds of the longest slice so far.
+        longest_own: seconds of the processor in the slice that took most of it: what a busy machine does not change.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        own: Callable[[], float] = time.thread_time,
     ) -> None:
         self._clock = clock
         self._sleep = sleep
-        self._begun = clock()
-        self.longest = 0.0
+        self._own = own
+        self._begun, self._own_begun = clock(), own()
+        self.longest = self.longest_own = 0.0
 
     async def pause(self, most: float = SLICE) -> None:
         """Go on if the slice is young; else let the loop do everything else first.
@@ -52,19 +55,20 @@ class Slices:
         """End the slice."""
         held = self.end()
         await self._sleep(held)
-        self._begun = self._clock()
+        self.begin()
 
     def end(self) -> float:
         """Count the slice that runs now, and return its seconds."""
-        now = self._clock()
+        now, own = self._clock(), self._own()
         held = now - self._begun
         self.longest = max(self.longest, held)
-        self._begun = now
+        self.longest_own = max(self.longest_own, own - self._own_begun)
+        self._begun, self._own_begun = now, own
         return held
 
     def begin(self) -> None:
         """Begin anew, after something else was awaited."""
-        self._begun = self._clock()
+        self._begun, self._own_begun = self._clock(), self._own()
 
 
 async def loads(text: str, deep: frozenset[tuple[str, ...]], pause: Callable[[], Awaitable[None]]) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.gateway.harness import Gateway, Site, chat
+from tests.integration.gateway.harness import PATIENCE, Gateway, Site, chat, until
 from tests.integration.gateway.revisions import Node
 from tests.integration.gateway.traffic import Traffic
 from tests.integration.gateway.upstream import Upstream
@@ -24,6 +25,11 @@ from tests.integration.gateway.upstream import Upstream
 from moat_gateway.keys import hash_secret
 from moat_gateway.sync.nodefolder import Turn
 from moat_gateway.sync.reports import Report, read_report
+
+# Of the event loop, by any change, whatever its size. By itself one takes 3.5 ms at most (docs/hot-reload.md); between
+# requests, with cold caches, twice that was seen. What is not cut into slices takes 80 ms and more.
+HELD_MS = 12.0
+REFERENCE_SECONDS = 0.0008  # for the work of slowness() on that machine
 
 
 def keys_text(*ids: str) -> str:
@@ -47,11 +53,14 @@ def models(base: str, *names: str, more: str = "", **other: str) -> str:
     return "\n".join(lines) + "\n" + more
 
 
-def until(what: str, test: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not test():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+def slowness() -> float:
+    """Return how many times slower than the machine of docs/hot-reload.md's figures this one is; at least 1."""
+    took = []
+    for _ in range(50):
+        begun = time.thread_time()
+        sum(i * i for i in range(20_000))
+        took.append(time.thread_time() - begun)
+    return max(1.0, statistics.median(took) / REFERENCE_SECONDS)
 
 
 class Live:
@@ -69,10 +78,17 @@ class Live:
             **extra,
         }
         self.base = base
+        self.started: list[Gateway] = []
 
     def start(self) -> Gateway:
         self.gateway = self.site.start().wait_ready()
+        self.started.append(self.gateway)
         return self.gateway
+
+    def kill(self) -> None:
+        """End what a test that failed has left."""
+        for gateway in self.started:
+            gateway.kill()
 
     def config(self) -> dict[str, Any]:
         value = self.gateway.status()["config"]
@@ -109,10 +125,21 @@ def live(tmp_path_factory: pytest.TempPathFactory, python: Path, upstream: Upstr
     made.start()
     try:
         yield made
-    finally:
         assert made.gateway.stop() == 0
         # A gateway that ends for good is not waited for.
         assert made.report() is None
+    finally:
+        made.kill()
+
+
+@pytest.fixture
+def alone(tmp_path: Path, python: Path, upstream: Upstream) -> Iterator[Live]:
+    """A gateway of the test's own, which it starts."""
+    made = Live(tmp_path, python, upstream.base)
+    try:
+        yield made
+    finally:
+        made.kill()
 
 
 @pytest.fixture
@@ -171,10 +198,13 @@ def test_one_and_then_all_of_400_deployments_are_changed_under_load(live: Live, 
         traffic.wait_for(2)
         assert live.ask("many398")[0] == 200
     assert traffic.failures == []
-    assert live.gateway.wait_events(event="config.applied", revision=one)[0]["made"] == 1
-    assert live.gateway.wait_events(event="config.applied", revision=everything)[0]["made"] == 399
+    for number, made in ((one, 1), (everything, 399)):
+        (applied,) = live.gateway.wait_events(event="config.applied", revision=number)
+        assert applied["made"] == made
+        # By the processor's time, not the clock's: this machine may do anything else meanwhile.
+        assert 0 < applied["loop_cpu_ms"] < HELD_MS * slowness(), applied
+        assert applied["loop_ms"] <= 1000 * live.gateway.metrics()["moat_config_loop_blocked_seconds"] + 0.01
     assert {s.body["model"] for s in elsewhere.behaviour.seen} >= {"up-many7", "up-small", "up-many398"}
-    assert live.gateway.metrics()["moat_config_loop_blocked_seconds"] > 0
 
 
 def test_settings_that_can_be_taken_live_are_and_removed_ones_go_back(live: Live, upstream: Upstream) -> None:
@@ -222,9 +252,13 @@ def test_a_bad_prepared_file_changes_nothing_and_is_healed(live: Live, bad: byte
     assert live.ask("small")[0] == 200
     assert live.gateway.wait_events(event="config.refused", revision=refused)
     assert live.gateway.metrics()['moat_config_reload_total{result="refused"}'] >= 1
-    done = live.site.command("reload")
-    assert done.returncode == 19
-    assert f"revision {refused} is refused" in done.stderr
+    ok, answer = live.gateway.reload()
+    assert not ok
+    assert answer["config"]["last_refused"]["revision"] == refused
+    if bad == b"{":
+        done = live.site.command("reload")
+        assert done.returncode == 19
+        assert f"revision {refused} is refused" in done.stderr
     live.put(models(live.base, "small"))
     assert live.config()["last_refused"] is None
     assert live.gateway.status()["degraded"] == []
@@ -322,7 +356,7 @@ def test_a_secret_that_cannot_be_applied_is_said_and_tried_again_until_it_is(liv
     (folder,) = (live.site.folder / "tmp").glob("moat-gateway-*")
     (folder / "next").mkdir()
     try:
-        refused = len(live.gateway.wait_events(event="secrets.refused", secret="UP_KEY"))
+        refused = len(live.gateway.said(event="secrets.refused", secret="UP_KEY"))
         live.swap("up_key", "upstream-secret-canary-0816")
         until("it is said", lambda: any("UP_KEY" in line for line in live.gateway.status()["degraded"]))
         assert live.gateway.metrics()["moat_secrets_degraded"] == 1
@@ -386,7 +420,7 @@ def test_sighup_and_reload_ask_config_sync_to_look(live: Live) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"revision {live.config()['revision']} in force, 1 keys\n"
     assert "config-sync did not answer" in done.stderr
-    assert len(live.gateway.wait_events(event="admin.reload", ok=True)) >= 2
+    until("both are logged", lambda: len(live.gateway.said(event="admin.reload", ok=True)) >= 2)
 
 
 def test_what_needs_a_restart_is_named_and_the_old_revision_serves(live: Live) -> None:
@@ -454,8 +488,8 @@ def test_memory_and_callbacks_do_not_grow_with_changes(live: Live) -> None:
     before = resident()
     for i in range(40):
         live.put(models(f"{live.base}/x{i}", *many))
-    # 2400 deployments were made; kept, they would be more than 10 MB.
-    assert resident() - before < 8 * 1024
+    # 2400 deployments were made; kept, they would be more than 10 MB. Garbage may wait for a while to be collected.
+    until("the memory is free again", lambda: live.config() and resident() - before < 8 * 1024)
 
 
 def test_staleness_is_seen_and_degrades(tmp_path: Path, python: Path, upstream: Upstream) -> None:
@@ -479,10 +513,8 @@ def test_staleness_is_seen_and_degrades(tmp_path: Path, python: Path, upstream: 
         assert made.gateway.stop() == 0
 
 
-def test_the_turn_drains_and_ends_with_75_and_the_next_start_has_the_revision(
-    tmp_path: Path, python: Path, upstream: Upstream
-) -> None:
-    made = Live(tmp_path, python, upstream.base)
+def test_the_turn_drains_and_ends_with_75_and_the_next_start_has_the_revision(alone: Live, upstream: Upstream) -> None:
+    made = alone
     made.node.put(models(upstream.base, "small"), keys_text("client"))
     made.start()
     number = made.node.put(
@@ -497,14 +529,15 @@ def test_the_turn_drains_and_ends_with_75_and_the_next_start_has_the_revision(
     assert made.gateway.process.poll() is None
     upstream.behaviour.chunk_delay = 0.1
     with Traffic(made.gateway, secret_of("client"), unary=0, streams=1) as traffic:
+        until("a stream runs", lambda: made.gateway.metrics()["moat_active_streams"] == 1)
         traffic.streamed = 0
-        time.sleep(0.5)
         made.node.tell(turn=Turn("under-test", number, report.started_at))
         # The stream that runs is finished; what is asked after the port is closed is nginx' business, not this test's.
-        assert made.gateway.process.wait(60) == 75
+        assert made.gateway.process.wait(PATIENCE) == 75
         traffic._stop.set()
     assert traffic.streamed >= 1
-    assert all("Refused" in f or "Reset" in f or "Disconnected" in f for f in traffic.failures), traffic.failures
+    closed = ("Refused", "Reset", "Disconnected", "BrokenPipe")
+    assert all(any(word in f for word in closed) for f in traffic.failures), traffic.failures
     left = made.report()
     assert left is not None
     assert left.draining
@@ -516,10 +549,8 @@ def test_the_turn_drains_and_ends_with_75_and_the_next_start_has_the_revision(
         assert made.gateway.stop() == 0
 
 
-def test_kill_9_in_the_middle_of_changes_comes_back_with_the_current_revision(
-    tmp_path: Path, python: Path, upstream: Upstream
-) -> None:
-    made = Live(tmp_path, python, upstream.base)
+def test_kill_9_in_the_middle_of_changes_comes_back_with_the_current_revision(alone: Live, upstream: Upstream) -> None:
+    made = alone
     many = [f"many{i}" for i in range(100)]
     made.node.put(models(upstream.base, "small"), keys_text("client"))
     for round_ in range(2):
@@ -528,7 +559,7 @@ def test_kill_9_in_the_middle_of_changes_comes_back_with_the_current_revision(
         # Somewhere within the change: at its beginning, or when half of the deployments are made.
         time.sleep(0.1 + 0.15 * round_)
         os.kill(made.gateway.process.pid, signal.SIGKILL)
-        made.gateway.process.wait(30)
+        made.gateway.process.wait(PATIENCE)
         made.start()
         assert made.config()["revision"] == number
         assert len(made.gateway.status()["models"]) == 101

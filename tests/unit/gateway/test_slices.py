@@ -81,7 +81,8 @@ def test_a_slice_ends_when_it_is_long_enough_and_the_longest_is_known() -> None:
 
     async def work() -> slices.Slices:
         nonlocal now
-        s = slices.Slices(lambda: now, sleep)
+        # Half of the time the processor is somewhere else, also while the loop sleeps.
+        s = slices.Slices(lambda: now, sleep, lambda: now / 2)
         for took in (0.0004, 0.0004, 0.0004, 0.003, 0.0002):
             now += took
             await s.pause()
@@ -93,3 +94,4 @@ def test_a_slice_ends_when_it_is_long_enough_and_the_longest_is_known() -> None:
     s = asyncio.run(work())
     assert slept == [pytest.approx(0.0012), pytest.approx(0.003), pytest.approx(0.0004)]
     assert s.longest == pytest.approx(0.003)
+    assert s.longest_own == pytest.approx(0.0015)
