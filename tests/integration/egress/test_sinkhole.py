@@ -110,3 +110,20 @@ def test_a_connection_too_many_is_reported() -> None:
     )
     refused = ["dns", "gateway-1", "tcp port 53: a connection that was not taken, 4 were open"]
     assert found.count(refused) == 3
+
+
+def test_the_control_asks_by_udp_and_tcp_over_both_kinds_of_address_and_each_must_be_caught() -> None:
+    argv = ["unshare", "--net", sys.executable, "-c", PROGRAM.replace("seen = ", "layer.control()\nTHEN\nseen = ")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+
+    def problems(then: str) -> list[str]:
+        words = [*argv[:-1], argv[-1].replace("THEN", then), "0.3", "", "pass"]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found: list[str] = json.loads(done.stdout)["problems"]
+        return found
+
+    assert problems("assert len(layer._caught) == 4, layer._caught") == []
+    assert problems("layer._caught = {c for c in layer._caught if c[2] == 2}") == [
+        f"the control by {protocol} (IPv6) as {USER} was not caught" for protocol in ("tcp", "udp")
+    ]

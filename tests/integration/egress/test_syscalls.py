@@ -86,3 +86,20 @@ def test_from_inside_a_container_others_are_not_seen_and_the_layer_says_so() -> 
     report = capture("layer.control()", "--pid", "--fork", "--kill-child", "--mount-proc")
     assert "this program runs in a container itself" in report["why"]
     assert report["seen"] == []
+
+
+@pytest.mark.skipif(own_namespace() is not None, reason="these tests run in a container, which sees no other one")
+def test_the_control_makes_every_call_over_both_kinds_of_address_and_each_is_missed_if_it_is_not_seen() -> None:
+    report = capture("layer.control()")
+    assert report["problems"] == []
+    for call in ("connect", "sendto", "sendmsg", "sendmmsg"):
+        places = {place.partition(" ")[2][0] for _, place, detail in report["seen"] if detail == f"system call {call}"}
+        assert places == {"1", "["}, call  # 198.51.100.x and [2001:db8::x]
+    # A control of IPv4 or of one call does not stand for the others.
+    blind = capture(
+        "layer.control()\ntime.sleep(0.5)\n"
+        "layer._seen = [s for s in layer._seen if s.call.family == 2 and s.call.word != 'sendmmsg']"
+    )
+    assert len(blind["problems"]) == 5
+    assert "the control sendmmsg (IPv4) as 64801 was not caught" in blind["problems"]
+    assert "the control connect (IPv6) as 64801 was not caught" in blind["problems"]

@@ -22,7 +22,7 @@ from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.leftovers import PACKETS_TABLE
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
-from moat.site.egresscheck.namespaces import inside, network_of
+from moat.site.egresscheck.namespaces import inside, ipv6_of, network_of
 from moat.site.egresscheck.tools import run
 from moat.site.egresscheck.when import stamp
 
@@ -139,7 +139,8 @@ class BridgesLayer:
         self._components: dict[str, Component] = {}
         self._flows: dict[tuple[object, ...], tuple[nflog.Event, int]] = {}
         self._handled = 0
-        self._expected: list[str] = []
+        #: Device and kind of address (4, 6) of each control.
+        self._expected: list[tuple[str, int]] = []
         self._set = False
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -163,7 +164,7 @@ class BridgesLayer:
         self._flows[key] = (first, count + 1)
 
     def control(self) -> str:
-        """Send one datagram into each bridge, from inside a container, as its user.
+        """Send one datagram into each bridge, from inside a container, as its user; by IPv6 too where it is there.
 
         The table is read back first: what is logged there is dropped at the way out, and the datagram lives for
         one hop.
@@ -182,11 +183,18 @@ class BridgesLayer:
                     self.problems.append(f"{why}, and system calls are not watched either")
                 continue
             pid, uid = sender
-            inside(network_of(pid), partial(control.attempt, uid, "udp", self._marks.ipv4, self._marks.port))
-            self._expected.append(bridge.device)
+            kinds = {4: self._marks.ipv4} | ({6: self._marks.ipv6} if ipv6_of(pid) else {})
+            for kind, address in kinds.items():
+                inside(network_of(pid), partial(control.attempt, uid, "udp", address, self._marks.port))
+                self._expected.append((bridge.device, kind))
         if not self._expected:
             raise NotAvailable("no container has a way to the host")
-        return f"udp {self._marks.ipv4}:{self._marks.port} by {' and '.join(self._expected)}"
+        six = any(kind == 6 for _, kind in self._expected)
+        if not six:
+            self.notes.append("the containers have no IPv6 beyond loopback: such attempts have no packets")
+        to = f"{self._marks.ipv4} and {self._marks.ipv6} port {self._marks.port}" if six else ""
+        devices = " and ".join(dict.fromkeys(device for device, _ in self._expected))
+        return f"udp {to or f'{self._marks.ipv4}:{self._marks.port}'} by {devices}"
 
     def stop(self) -> list[Attempt]:
         """Wait for what the counters already have, remove the table, and return what was seen."""
@@ -223,7 +231,7 @@ class BridgesLayer:
             if (address, port) in self._own and not ours:
                 continue
             if ours:
-                caught.add(event.prefix)
+                caught.add((event.prefix, 6 if ":" in address else 4))
             sender = self._components.get(packet.source) if packet else None
             found.append(
                 Attempt(
@@ -235,7 +243,7 @@ class BridgesLayer:
                     detail=f"from {packet.source if packet else '?'} by {event.prefix}, packets: {count}",
                 )
             )
-        missed = [device for device in self._expected if device not in caught]
+        missed = [d if kind == 4 else f"{d} (IPv6)" for d, kind in self._expected if (d, kind) not in caught]
         if missed:
             self.problems.append(f"the control by {', '.join(missed)} was not seen")
             found = [a for a in found if a.component != CONTROL]

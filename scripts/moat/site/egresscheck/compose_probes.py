@@ -25,7 +25,7 @@ from moat.site.egresscheck.bridges import Bridge
 from moat.site.egresscheck.containers import Deployment, Service, device_of
 from moat.site.egresscheck.marks import Marks
 from moat.site.egresscheck.model import NotAvailable, Probe
-from moat.site.egresscheck.namespaces import inside, network_of
+from moat.site.egresscheck.namespaces import inside, ipv6_of, network_of
 from moat.site.firewall import FAMILIES, Firewall
 
 _TRY_SECONDS: Final = 2.0
@@ -125,14 +125,7 @@ def watched(
 
 def _ipv6(services: list[Service]) -> Probe:
     """IPv6 in the containers: nothing but loopback."""
-    able = []
-    for s in services:
-        try:
-            lines = Path(f"/proc/{s.pid}/net/if_inet6").read_text("ascii").splitlines()
-        except OSError:
-            continue  # no IPv6 at all
-        if any(line.split()[-1] != "lo" for line in lines):
-            able.append(s.name)
+    able = [s.name for s in services if ipv6_of(s.pid)]
     found = "an IPv6 address in " + ", ".join(able) if able else "loopback only, in every container"
     return Probe("containers have no IPv6", not able, found, "loopback only")
 

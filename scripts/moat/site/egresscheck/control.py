@@ -16,25 +16,53 @@ from typing import Final
 
 #: The program gives up after two by itself; a host that is busy may take longer to start it.
 _SECONDS: Final = 30
-#: argv: kind (udp, tcp, connect), address, port, hex of what to send. Every refusal is as good as an answer.
+#: argv: kind (see attempt), address, port, hex of what to send. Every refusal is as good as an answer.
 _PROGRAM: Final = """
-import socket, sys
+import socket, struct, sys
 kind, address, port, data = sys.argv[1], sys.argv[2], int(sys.argv[3]), bytes.fromhex(sys.argv[4])
 six = ":" in address
 family = socket.AF_INET6 if six else socket.AF_INET
-s = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+s = socket.socket(family, socket.SOCK_STREAM if kind in ("tcp", "stream") else socket.SOCK_DGRAM)
 if six:
     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
 else:
     s.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
 s.settimeout(2)
+
+def calls():
+    # A stream that is connected to nobody: what it should send ends at once, in the kernel.
+    import ctypes
+    t = socket.socket(family, socket.SOCK_STREAM)
+    if six:
+        place = struct.pack("=HHI16sI", family, socket.htons(port), 0, socket.inet_pton(family, address), 0)
+    else:
+        place = struct.pack("=HH4s8x", family, socket.htons(port), socket.inet_aton(address))
+    to, text = ctypes.create_string_buffer(place, len(place)), ctypes.create_string_buffer(b"x")
+    part = ctypes.create_string_buffer(struct.pack("@PN", ctypes.addressof(text), 1))
+    head = struct.pack("@PIPNPNi4xI4x", ctypes.addressof(to), len(place), ctypes.addressof(part), 1, 0, 0, 0, 0)
+    messages = ctypes.create_string_buffer(head, len(head))
+    for send in (
+        lambda: t.sendto(b"x", (address, port)),
+        lambda: t.sendmsg([b"x"], [], 0, (address, port)),
+        lambda: ctypes.CDLL(None).sendmmsg(t.fileno(), messages, 1, socket.MSG_NOSIGNAL),
+    ):
+        try:
+            send()
+        except OSError:
+            pass
+
 try:
+    if kind == "calls":
+        calls()
     if kind == "udp":
         s.sendto(data, (address, port))
         if data:
             sys.stdout.write(s.recv(4096).hex())
     else:
         s.connect((address, port))  # without a word on a datagram socket: no packet
+    if kind == "stream":
+        s.sendall(data)
+        sys.stdout.write(s.recv(4096).hex())
 except OSError as e:
     sys.stderr.write(str(e))
 """
@@ -45,10 +73,11 @@ def attempt(uid: int, kind: str, address: str, port: int, data: bytes = b"") -> 
 
     Args:
         uid: the component's user.
-        kind: ``udp`` sends one datagram, ``tcp`` connects, ``connect`` connects a datagram socket (no packet).
+        kind: ``udp`` sends one datagram, ``tcp`` connects, ``stream`` connects and sends; ``connect`` connects a
+            datagram socket, ``calls`` also makes every call that sends to an address: both without a packet.
         address: a documentation address.
         port: of the destination.
-        data: of the datagram.
+        data: of the datagram or stream.
 
     Raises:
         OSError: the process could not be started, failed, or did not end in time.

@@ -31,6 +31,7 @@ from moat.site.egresscheck import control, dnswire
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
 from moat.site.egresscheck.namespaces import holder_of_port, inside
+from moat.site.egresscheck.packets import ipv6_here
 from moat.site.egresscheck.when import stamp
 
 RESOLVER: Final = "127.0.0.11"
@@ -175,7 +176,8 @@ class NamesLayer:
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
         self._watch = -1
-        self._controls: list[str] = []
+        #: Component and kind of address (4, 6) of each control.
+        self._controls: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -264,16 +266,19 @@ class NamesLayer:
         places = {n: place for n, (place, _) in self._running().items() if n in self._by_name}
         if not places:
             raise NotAvailable("no container runs")
-        self._controls = list(places)
+        # A container without IPv6 to the outside mostly has its loopback: there a question is heard just as well.
+        six = [n for n, place in places.items() if inside(place, ipv6_here)]
+        self._controls = [*((n, 4) for n in places), *((n, 6) for n in six)]
         # All at once: the engine's resolver may not answer at all, and each then waits for its time.
-        with ThreadPoolExecutor(len(places)) as pool:
+        with ThreadPoolExecutor(len(self._controls)) as pool:
             asked = [
-                pool.submit(inside, place, partial(control.attempt, self._by_name[n].uid, "udp", RESOLVER, 53, query))
-                for n, place in places.items()
+                pool.submit(inside, places[n], partial(control.attempt, self._by_name[n].uid, "udp", server, 53, query))
+                for n, server in ((n, RESOLVER if kind == 4 else "::1") for n, kind in self._controls)
             ]
             for one in asked:
                 one.result()
-        return f"name {self._marks.name} (A) in {', '.join(self._controls)}"
+        also = f", over IPv6 in {', '.join(six)}" if six else ""
+        return f"name {self._marks.name} (A) in {', '.join(places)}{also}"
 
     def stop(self) -> list[Attempt]:
         """End, and return the names that are not the site's own."""
@@ -325,7 +330,7 @@ class NamesLayer:
             component = self._component(q)
             ours = q.name == self._marks.name
             if ours and component is not None:
-                caught.add(component.name)
+                caught.add((component.name, 6 if ":" in q.server else 4))
             if q.name in self._own or self._is_own_address(q):
                 continue
             found.append(
@@ -339,7 +344,7 @@ class NamesLayer:
                     detail="" if q.server == RESOLVER else f"asked at {q.server}",
                 )
             )
-        missed = [name for name in self._controls if name not in caught]
+        missed = [n if kind == 4 else f"{n} (IPv6)" for n, kind in self._controls if (n, kind) not in caught]
         if missed:
             self.problems.append(f"the control in {', '.join(missed)} was not heard")
             found = [a for a in found if a.component != CONTROL]

@@ -42,6 +42,15 @@ def default_gateway(pid: int) -> str | None:
     return None
 
 
+def ipv6_of(pid: int) -> bool:
+    """Whether a process has an IPv6 address other than loopback."""
+    try:
+        lines = Path(f"/proc/{pid}/net/if_inet6").read_text("ascii").splitlines()
+    except OSError:
+        return False  # no IPv6 at all
+    return any(line.split()[-1] != "lo" for line in lines)
+
+
 def holder_of_port(inode: int, port: int) -> str:
     """Return ``pid/comm`` of the process that has a socket bound to a port, in the namespace with this inode.
 

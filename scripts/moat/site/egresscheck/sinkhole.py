@@ -97,8 +97,9 @@ class DnsLayer:
         #: Questions that were answered truly, one a second and component: each explains the call that carried it.
         self._answered: dict[tuple[str, int], Attempt] = {}
         self._given: dict[str, int] = {}
-        self._controls: set[int] = set()
-        self._caught: set[int] = set()
+        #: User, protocol and address family of each control, made and caught.
+        self._controls: set[tuple[int, str, int]] = set()
+        self._caught: set[tuple[int, str, int]] = set()
         self._malformed = 0
         #: The name behind each address that was given out, for the other layers.
         self.answers: dict[str, str] = {}
@@ -227,7 +228,7 @@ class DnsLayer:
             self._answered.setdefault((component, int(time.time())), said)
             return dnswire.answer(question, [str(n.network_address) for n in entry.networks if n.num_addresses == 1])
         if name == self._marks.name:
-            self._caught.add(port.uid)
+            self._caught.add((port.uid, port.protocol, int(port.family)))
             component = CONTROL
         addresses = self._addresses(name)
         given = {dnswire.A: addresses[0], dnswire.AAAA: addresses[1]}.get(question.kind)
@@ -265,13 +266,15 @@ class DnsLayer:
         for uid in self._who.uids:
             if not self.in_place(uid):
                 raise RuntimeError(f"the redirect for user {uid} is not in force, so nothing may be asked")
-            self._controls.add(uid)
             question = dnswire.query(4242, self._marks.name, dnswire.A)
-            control.attempt(uid, "udp", self._marks.ipv4, 53, question)
-            if ipv6_here():
-                control.attempt(uid, "udp", self._marks.ipv6, 53, question)
+            framed = struct.pack(">H", len(question)) + question
+            places = {socket.AF_INET: self._marks.ipv4} | ({socket.AF_INET6: self._marks.ipv6} if ipv6_here() else {})
+            for family, address in places.items():
+                self._controls |= {(uid, "udp", int(family)), (uid, "tcp", int(family))}
+                control.attempt(uid, "udp", address, 53, question)
+                control.attempt(uid, "stream", address, 53, framed)
         users = ", ".join(control.name_of(uid) for uid in self._who.uids)
-        return f"the name {self._marks.name}, as each of {users}"
+        return f"the name {self._marks.name} by udp and tcp over each kind of address, as each of {users}"
 
     def stop(self) -> list[Attempt]:
         """Remove the redirect, end the server, and return every question."""
@@ -291,7 +294,8 @@ class DnsLayer:
             port.socket.close()
         self._selector.close()
         self._ports = []
-        missing = self._controls - self._caught
-        self.problems += [f"the control as {control.name_of(uid)} was not caught" for uid in sorted(missing)]
+        for uid, protocol, family in sorted(self._controls - self._caught):
+            kind = "IPv4" if family == socket.AF_INET else "IPv6"
+            self.problems.append(f"the control by {protocol} ({kind}) as {control.name_of(uid)} was not caught")
         self._controls = set()
         return [*self._attempts, *self._answered.values()]

@@ -32,7 +32,7 @@ from moat.site.egresscheck.allow import Allowed
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Attempt, Component, NotAvailable
 from moat.site.egresscheck.namespaces import inside, network_of, processes_of
-from moat.site.egresscheck.sysenter import LICENSE, MESSAGES, UNREADABLE, Call, parse, program
+from moat.site.egresscheck.sysenter import LICENSE, MESSAGES, UNREADABLE, WORDS, Call, parse, program
 from moat.site.egresscheck.tools import run
 from moat.site.egresscheck.when import stamp
 from moat.site.egresscheck.who import UNKNOWN, Who
@@ -112,7 +112,7 @@ class SyscallsLayer:
         self._offset = time.time() - time.monotonic()
         self._groups = Groups()
         self._seen: list[_Seen] = []
-        self._expected: set[int] = set()
+        self._expected: set[tuple[int, int, str]] = set()
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -176,19 +176,23 @@ class SyscallsLayer:
         return call.uid in self._who.uids and self._marks.is_control(call.address, call.port)
 
     def control(self) -> str:
-        """Connect a datagram socket as every user: a call with a destination, and no packet."""
+        """Make every call with a destination once as every user, over IPv4 and IPv6: none of them becomes a packet."""
+        m = self._marks
+        families = {socket.AF_INET: m.ipv4} | ({socket.AF_INET6: m.ipv6} if _ipv6_sockets() else {})
         places = self._containers() if self._containers else {}
         for uid in self._who.uids:
-            self._expected.add(uid)
-            make = partial(control.attempt, uid, "connect", self._marks.ipv4, self._marks.call_port)
-            if uid in places:
-                inside(network_of(places[uid]), make, processes_of(places[uid]))
-            else:
-                make()
+            for family, address in families.items():
+                self._expected |= {(uid, int(family), word) for word in WORDS.values()}
+                make = partial(control.attempt, uid, "calls", address, m.call_port)
+                if uid in places:
+                    inside(network_of(places[uid]), make, processes_of(places[uid]))
+                else:
+                    make()
         if not self._who.uids:
             raise RuntimeError("no component has a user of its own")
         users = ", ".join(control.name_of(uid) for uid in self._who.uids)
-        return f"connect without a packet to {self._marks.ipv4} port {self._marks.call_port}, as each of {users}"
+        calls = ", ".join(WORDS.values())
+        return f"{calls} without a packet to {' and '.join(families.values())} port {m.call_port}, as each of {users}"
 
     def stop(self) -> list[Attempt]:
         """Detach, read what is left, and return what was not local and not allowed."""
@@ -211,9 +215,10 @@ class SyscallsLayer:
             self._ring = None
         local = own_addresses()
         attempts = [self._attempt(s) for s in self._seen if not self._permitted(s, local)]
-        caught = {s.call.uid for s in self._seen if s.call.port == self._marks.call_port and self._is_control(s.call)}
-        missing = self._expected - caught
-        self.problems += [f"the control as {control.name_of(uid)} was not caught" for uid in sorted(missing)]
+        calls = [s.call for s in self._seen if s.call.port == self._marks.call_port and self._is_control(s.call)]
+        for uid, family, word in sorted(self._expected - {(c.uid, c.family, c.word) for c in calls}):
+            kind = "IPv4" if family == socket.AF_INET else "IPv6"
+            self.problems.append(f"the control {word} ({kind}) as {control.name_of(uid)} was not caught")
         self._expected = set()
         return attempts
 
@@ -250,6 +255,15 @@ class SyscallsLayer:
             destination=place,
             detail=f"system call {c.word}{more}",
         )
+
+
+def _ipv6_sockets() -> bool:
+    """Whether there are sockets for IPv6, be it without an address: a call on one names a destination."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return False
+    return True
 
 
 def own_namespace() -> tuple[int, int] | None:

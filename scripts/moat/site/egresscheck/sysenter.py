@@ -23,7 +23,7 @@ from moat.site.egresscheck.bpf import Assembler
 LICENSE: Final = "Dual MIT/GPL"
 #: x86_64 (arch/x86/entry/syscalls/syscall_64.tbl).
 CONNECT, SENDTO, SENDMSG, SENDMMSG = 42, 44, 46, 307
-_WORDS: Final = {CONNECT: "connect", SENDTO: "sendto", SENDMSG: "sendmsg", SENDMMSG: "sendmmsg"}
+WORDS: Final = {CONNECT: "connect", SENDTO: "sendto", SENDMSG: "sendmsg", SENDMMSG: "sendmmsg"}
 #: struct pt_regs: where the arguments of a system call are.
 _REGS: Final = {"di": 112, "si": 104, "dx": 96, "r10": 56, "r8": 72, "r9": 64}
 _REGS_SIZE: Final = 120
@@ -53,7 +53,7 @@ def program(ring: int, lost: int, namespace: tuple[int, int] | None) -> bytes:
     # r6: arguments of the tracepoint (struct pt_regs *, long number). Most calls end here.
     a.mov(6, 1)
     a.load(8, 7, 6, 8)
-    for number in _WORDS:
+    for number in WORDS:
         a.jump_if(7, "==", number, "ours")
     a.jump("end")
     a.label("ours")
@@ -243,7 +243,7 @@ def parse(record: bytes, wall_minus_monotonic: float) -> Call:
         uid=uid_gid & 0xFFFFFFFF,
         group=group,
         comm=comm.partition(b"\0")[0].decode("ascii", "backslashreplace"),
-        word=_WORDS.get(call, f"call {call}"),
+        word=WORDS.get(call, f"call {call}"),
         fd=fd,
         count=count,
         index=index,

@@ -114,9 +114,9 @@ def test_a_container_that_nobody_knows_is_not_passed_over() -> None:
 
 def test_the_control_of_one_container_does_not_stand_for_another() -> None:
     layer = names_layer(asked(MARKS.name))
-    layer._controls = ["gateway-1", "minio"]
+    layer._controls = [("gateway-1", 4), ("gateway-1", 6), ("minio", 4)]
     assert [a for a in layer._attempts() if a.component == CONTROL] == []
-    assert layer.problems == ["the control in minio was not heard"]
+    assert layer.problems == ["the control in gateway-1 (IPv6), minio was not heard"]
 
 
 def test_the_table_lets_the_site_talk_to_itself_but_not_to_the_host() -> None:
@@ -151,9 +151,9 @@ def test_packets_of_one_attempt_are_one_and_our_own_probe_is_none() -> None:
 
 def test_the_control_by_one_bridge_does_not_stand_for_another() -> None:
     layer = bridges_layer(Packet("udp", "172.30.242.11", 1, MARKS.ipv4, MARKS.port))
-    layer._expected = ["moat-core", "moat-edge"]
+    layer._expected = [("moat-core", 4), ("moat-core", 6), ("moat-edge", 4)]
     assert layer._attempts() == []
-    assert layer.problems == ["the control by moat-edge was not seen"]
+    assert layer.problems == ["the control by moat-core (IPv6), moat-edge was not seen"]
 
 
 def test_an_unreadable_packet_is_an_attempt() -> None:
