@@ -126,10 +126,12 @@ def _text(handle: int) -> str:
 
 def _unit(unit: str) -> list[Probe]:
     """The second wall: what the unit's processes may do and reach, and systemd's own filter on its control group."""
-    names = "IPAddressDeny,RestrictAddressFamilies,InaccessiblePaths"
+    names = "ActiveState,IPAddressDeny,RestrictAddressFamilies,InaccessiblePaths"
     done = subprocess.run(["systemctl", "show", unit, "--property", names], capture_output=True, text=True, check=False)
     values = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     processes = statuses(unit)
+    if not processes and values.get("ActiveState") in ("inactive", "failed"):
+        return []  # it does not run, which is a problem of the report, and no property of its sandbox
     return [sandbox(unit, values, processes), nobody_asks(unit, values, list(processes))]
 
 

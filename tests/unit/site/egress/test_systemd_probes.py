@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from moat.site.egresscheck import lookups
-from moat.site.egresscheck.systemd_probes import nobody_asks, sandbox, statuses
+from moat.site.egresscheck.systemd_probes import _unit, nobody_asks, sandbox, statuses
 
 UNIT = "moat-gateway@1.service"
 #: A bounding set with nothing in it, with CAP_NET_RAW alone, and with everything.
@@ -80,3 +81,14 @@ def test_a_socket_at_which_names_are_looked_up_must_be_hidden_from_every_process
     assert not judged(13)[0]
     assert judged(13, hidden=f"-/boot -{path}")[0]
     assert judged() == (False, "no process to look at")
+
+
+@pytest.mark.parametrize(("state", "probes"), [("inactive", 0), ("failed", 0), ("active", 2), ("", 2)])
+def test_a_unit_that_does_not_run_has_no_sandbox_to_judge_and_one_that_runs_must_have_processes(
+    state: str, probes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho ActiveState={state}\n", "ascii")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = _unit("moat-test-that-nobody-has.service")
+    assert [probe.ok for probe in found] == [False] * probes
