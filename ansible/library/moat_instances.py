@@ -44,6 +44,10 @@ options:
     description: File with the administrator's key.
     type: path
     default: /etc/moat/secrets/gateway/master_key
+  only:
+    description: The gateway of this node that alone gets requests, because all others are out; it is not restarted.
+    type: int
+    default: 0
   inputs: {description: Files and folders that a gateway reads at its start., type: list, elements: path, default: []}
 author: [The Moat project]
 """
@@ -121,6 +125,7 @@ class Node:
         record: what each gateway was started with, by its number.
         moved: gateway and the release that it came from, also one that a run which was cut short had moved.
         origins: the release that each gateway returns to if the wanted one fails, or nothing.
+        begun: something may have been changed.
         unnoted: gateways that somebody else started, with what is there now.
     """
 
@@ -129,6 +134,7 @@ class Node:
     moved: list[tuple[int, str]] = field(default_factory=list)
     origins: dict[int, str] = field(default_factory=dict)
     unnoted: list[int] = field(default_factory=list)
+    begun: bool = False
     started: list[int] = field(default_factory=list)
     restarted: list[int] = field(default_factory=list)
     stopped: list[int] = field(default_factory=list)
@@ -278,8 +284,15 @@ class Node:
         """Do it.
 
         Raises:
-            Refused: a gateway failed; those that were moved are not yet back.
+            Refused: a gateway failed, and those that were moved are not yet back; or nothing was begun.
         """
+        if self.p["only"] in restart:
+            raise Refused(
+                f"gateway {self.p['only']} would be restarted while no other one gets requests. Found: all others are "
+                "out (moat-site drain); expected: one more that is in. Do: put one back, moat-site drain "
+                "-e drain_back=HOST/N; or, if requests may fail meanwhile, add -e gateway_alone=true"
+            )
+        self.begun = True
         run("systemctl", "daemon-reload")
         if start:
             for n in start:
@@ -366,6 +379,7 @@ def main() -> None:
             "settle": {"type": "float", "default": 4.0},
             "probe": {"type": "str", "default": "auto"},
             "master_key": {"type": "path", "default": "/etc/moat/secrets/gateway/master_key", "no_log": False},
+            "only": {"type": "int", "default": 0},
             "inputs": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
@@ -392,8 +406,10 @@ def main() -> None:
             if start or restart or stop:
                 node.apply(start, restart, stop)
     except Refused as e:
-        back = node.go_back() if node.moved and not module.check_mode else []
-        if node.moved and len(back) == len(node.moved):
+        back = node.go_back() if node.moved and node.begun else []
+        if not node.begun:
+            after = "Nothing was changed on this node."
+        elif node.moved and len(back) == len(node.moved):
             after = f"Gateways {sorted(back)} run their old release again and serve."
         elif node.moved:
             after = (

@@ -270,7 +270,8 @@ def test_a_restarted_gateway_is_asked_what_the_probe_says(
     probe: str, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = instances.Node.__new__(instances.Node)
-    node.p, node.started, node.restarted, node.stopped, node.moved = {"probe": probe, "settle": 0}, [], [], [], []
+    node.p = {"probe": probe, "settle": 0, "only": 0}
+    node.started, node.restarted, node.stopped, node.moved = [], [], [], []
     seen: list[Any] = []
 
     def ask(n: int, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:

@@ -199,6 +199,21 @@ def test_a_way_back_that_fails_leaves_the_gateways_with_what_they_ran(
     assert site.runs() == site.links() == {1: "C", 2: "C"}
 
 
+def test_the_only_gateway_that_gets_requests_is_not_restarted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one was taken out of nginx; the release, or any other reason for a restart, has to wait."""
+    site.bad = ""
+    site.installed("A")
+    said = bring(site, monkeypatch, "B", only=1)
+    assert "drain_back=HOST/N" in said["msg"]
+    assert said["msg"].endswith("Nothing was changed on this node.")
+    assert (site.restarts, site.links()) == ([], {1: "A", 2: "A"})
+    # With another one in, with nothing to restart, or where it does not serve anyway: as ever.
+    assert bring(site, monkeypatch, "B", only=0)["restarted"] == [1, 2]
+    assert "msg" not in bring(site, monkeypatch, "B", only=1)
+    site.stop(1)
+    assert bring(site, monkeypatch, "B", only=1)["started"] == [1]
+
+
 def test_where_there_is_nothing_to_return_to_it_says_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     said = bring(site, monkeypatch, "B")
     assert said["msg"].splitlines()[-1].startswith("There is no other release to return to.")
