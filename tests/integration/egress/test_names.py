@@ -65,3 +65,41 @@ def test_the_control_is_heard_over_both_kinds_of_address() -> None:
     deaf = heard("", "layer.control(); time.sleep(0.5); layer._questions = layer._questions[:1]")
     assert len(deaf["problems"]) == 1
     assert "was not heard" in deaf["problems"][0]
+
+
+CLIENT = """
+import socket, struct, time
+def query(name, questions=1):
+    labels = b"".join(bytes([len(p)]) + p.encode() for p in name.split("."))
+    return struct.pack(">HHHHHH", 7, 256, questions, 0, 0, 0) + labels + bytes((0, 0, 1, 0, 1))
+def udp(data):
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(data, ("203.0.113.53", 53))
+def tcp(*parts):
+    server = socket.create_server(("127.0.0.1", 53))
+    s = socket.create_connection(("127.0.0.1", 53))
+    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for part in parts:
+        s.sendall(part)
+        time.sleep(0.1)
+    s.close()
+framed = struct.pack(">H", len(query("a.example"))) + query("a.example")
+"""
+
+
+@pytest.mark.parametrize(
+    ("client", "destination"),
+    [
+        ("udp(query('a.example'))", "name a.example (A)"),
+        ("udp(query('a.example', 2))", "udp port 53: 27 bytes that are no query"),
+        ("udp(b'secret')", "udp port 53: 6 bytes that are no query"),
+        ("tcp(framed)", "name a.example (A)"),
+        ("tcp(framed[:2], framed[2:])", "name a.example (A)"),
+        ("tcp(framed[:1], framed[1:9], framed[9:])", "name a.example (A)"),
+        ("tcp(b'GET / HTTP/1.1')", "tcp port 53: 14 bytes that are no query"),
+        ("tcp()", "tcp port 53: 0 bytes that are no query"),
+    ],
+)
+def test_whatever_is_sent_to_a_name_server_is_heard(client: str, destination: str) -> None:
+    report = heard(CLIENT + client)
+    assert report["problems"] == []
+    assert [(component, found) for component, found, _ in report["seen"]] == [("gateway-1", destination)]

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from moat.site.egresscheck.marks import draw
+from moat.site.egresscheck.sinkhole import DnsLayer
+
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="sets packet filter rules: needs root")
 USER = 64801
@@ -127,3 +130,13 @@ def test_the_control_asks_by_udp_and_tcp_over_both_kinds_of_address_and_each_mus
     assert problems("layer._caught = {c for c in layer._caught if c[2] == 2}") == [
         f"the control by {protocol} (IPv6) as {USER} was not caught" for protocol in ("tcp", "udp")
     ]
+
+
+def test_names_beyond_the_number_of_addresses_share_one_and_the_report_says_so() -> None:
+    layer = DnsLayer([], draw())
+    given = [layer._addresses(f"n{i}.example") for i in range(254 * 7)]
+    assert layer._addresses("n0.example") == given[0] == given[254][:1] + given[0][1:]
+    assert len({six for _, six in given}) == len(given), "of IPv6 each has its own"
+    assert layer.answers[given[1][1]] == "n1.example"
+    shared = ", ".join(f"n{1 + 254 * i}.example" for i in range(5))
+    assert layer.answers[given[1][0]] == f"one of {shared}, ..."

@@ -103,3 +103,20 @@ def test_the_control_makes_every_call_over_both_kinds_of_address_and_each_is_mis
     assert len(blind["problems"]) == 5
     assert "the control sendmmsg (IPv4) as 64801 was not caught" in blind["problems"]
     assert "the control connect (IPv6) as 64801 was not caught" in blind["problems"]
+
+
+@pytest.mark.skipif(own_namespace() is not None, reason="these tests run in a container, which sees no other one")
+def test_a_datagram_whose_address_has_no_family_goes_to_ipv4_and_is_seen() -> None:
+    leak = (
+        "import ctypes, socket, struct, time\n"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "for family, to in ((0, '203.0.113.5'), (0, '127.0.0.1')):\n"
+        "    place = struct.pack('=HH4s8x', family, socket.htons(8125), socket.inet_aton(to))\n"
+        "    ctypes.CDLL(None).sendto(s.fileno(), b'x', 1, 0, place, len(place))\n"
+        "    ctypes.CDLL(None).connect(s.fileno(), place, len(place))\n"
+        "time.sleep(1)\n"
+    )
+    report = capture(
+        f"subprocess.run(['/usr/bin/python3', '-I', '-c', {leak!r}], user=USER, group=USER, extra_groups=[], cwd='/')"
+    )
+    assert report["seen"] == [["gateway-1", "udp 203.0.113.5:8125", "system call sendto"]]

@@ -42,6 +42,8 @@ _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 _SIOCGIFCONF: Final = 0x8912
 _IN_CREATE, _IN_CLOEXEC, _IN_NONBLOCK = 0x100, 0o2000000, 0o4000
 _APPEAR_SECONDS: Final = 3.0
+_FIN, _SYN, _RST = 0x01, 0x02, 0x04
+_MAX_MESSAGE: Final = 65535 + 2
 #: The engine's resolver passes a question on, from the same namespace: that is the same question.
 _SAME_SECONDS: Final = 5.0
 
@@ -59,7 +61,7 @@ _FILTER: Final = (
 
 @dataclass(frozen=True)
 class Question:
-    """One name asked for, and by which process (``pid/comm``, or empty)."""
+    """One name asked for, and by which process (``pid/comm``, or empty); ``other`` if it is something else instead."""
 
     when: float
     process: str
@@ -67,6 +69,53 @@ class Question:
     name: str
     kind: str
     server: str
+    other: str = ""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one packet brings to a name server. ``sequence`` and ``flags`` are TCP's; UDP has no sequence."""
+
+    server: str
+    source: int
+    data: bytes
+    sequence: int | None = None
+    flags: int = 0
+
+
+@dataclass
+class Stream:
+    """One TCP connection to a name server: each message has its length in front, wherever the segments are cut."""
+
+    following: int
+    data: bytes = b""
+    total: int = 0
+    messages: int = 0
+
+    def take(self, sent: Sent) -> list[bytes]:
+        """Take a segment and return the messages that are complete with it."""
+        sequence = sent.sequence or 0
+        if sent.flags & _SYN:
+            sequence += 1
+        known = (self.following - sequence) & 0xFFFFFFFF
+        # Sent again: only what is new. One that is far ahead follows what we did not hear.
+        new = sent.data[known:] if known < 1 << 31 else sent.data
+        if not new:
+            return []
+        self.following = (sequence + len(sent.data)) & 0xFFFFFFFF
+        self.data += new
+        self.total += len(new)
+        found = []
+        while len(self.data) >= 2 and len(self.data) >= 2 + (size := int.from_bytes(self.data[:2], "big")):
+            found.append(self.data[2 : 2 + size])
+            self.data = self.data[2 + size :]
+        self.messages += len(found)
+        return found
+
+    @property
+    def left(self) -> int | None:
+        """Bytes that are no message; ``None`` if there are none, or if it was a connection without a word, 0."""
+        return len(self.data) if self.data else (0 if not self.messages else None)
 
 
 def parse_question(message: bytes) -> tuple[str, str] | None:
@@ -77,8 +126,8 @@ def parse_question(message: bytes) -> tuple[str, str] | None:
     return question.name, dnswire.TYPES.get(question.kind, f"type {question.kind}")
 
 
-def parse_packet(data: bytes) -> tuple[str, int, bytes] | None:
-    """Return server, source port and message of an IP packet to a name server, or ``None`` if it is none."""
+def parse_packet(data: bytes) -> Sent | None:
+    """Return what an IP packet brings to a name server, or ``None`` if it goes to none."""
     if len(data) >= 28 and data[0] >> 4 == 4:
         protocol, rest = data[9], data[(data[0] & 15) * 4 :]
         address = socket.inet_ntop(socket.AF_INET, data[16:20])
@@ -91,12 +140,10 @@ def parse_packet(data: bytes) -> tuple[str, int, bytes] | None:
     source = int.from_bytes(rest[:2], "big")
     if address != RESOLVER and rest[2:4] != b"\0\x35":
         return None
-    if protocol == 17 and len(rest) > 8:
-        return address, source, rest[8:]
+    if protocol == 17 and len(rest) >= 8:
+        return Sent(address, source, rest[8:])
     if protocol == 6 and len(rest) >= 20:
-        # Over TCP each message has its length in front; most clients send both in one segment.
-        body = rest[(rest[12] >> 4) * 4 :]
-        return (address, source, body[2:]) if len(body) > 2 else None
+        return Sent(address, source, rest[(rest[12] >> 4) * 4 :], int.from_bytes(rest[4:8], "big"), rest[13])
     return None
 
 
@@ -112,6 +159,7 @@ class _Ear:
     addresses: tuple[str, ...] = ()
     lost: int = 0
     recent: dict[tuple[str, str], float] = field(default_factory=dict)
+    streams: dict[tuple[str, int], Stream] = field(default_factory=dict)
 
 
 def _open(key: str) -> _Ear:
@@ -245,20 +293,50 @@ class NamesLayer:
                 continue
             if sender[2] != _PACKET_OUTGOING and sender[0] != "lo":
                 continue
-            found = parse_packet(data)
-            asked = parse_question(found[2]) if found else None
-            if found is None or asked is None:
+            sent = parse_packet(data)
+            if sent is None:
                 continue
-            now = time.time()
             if not ear.addresses:
                 ear.addresses = _addresses(ear.asker)
-            passed_on = found[0].startswith("127.") and found[0] != RESOLVER
-            if passed_on and now - ear.recent.get(asked, 0) < _SAME_SECONDS:
-                continue
-            ear.recent[asked] = now
-            # At once: a moment later the process may be gone.
-            who = "" if asked[0] in self._own else holder_of_port(ear.inode, found[1])
-            self._questions.append(Question(now, who, ear.addresses, asked[0], asked[1], found[0]))
+            if sent.sequence is None:
+                self._message(ear, sent, sent.data)
+            else:
+                self._segment(ear, sent)
+
+    def _segment(self, ear: _Ear, sent: Sent) -> None:
+        key = (sent.server, sent.source)
+        if sent.flags & _SYN and key in ear.streams and ear.streams[key].total:
+            self._ended(ear, *key)
+        first = ((sent.sequence or 0) + (1 if sent.flags & _SYN else 0)) & 0xFFFFFFFF
+        stream = ear.streams.setdefault(key, Stream(first))
+        for message in stream.take(sent):
+            self._message(ear, sent, message)
+        if sent.flags & (_FIN | _RST) or len(stream.data) > _MAX_MESSAGE:
+            self._ended(ear, *key)
+
+    def _ended(self, ear: _Ear, server: str, source: int) -> None:
+        left = ear.streams.pop((server, source)).left
+        if left is not None:
+            self._other(ear, server, source, f"tcp port 53: {left} bytes that are no query")
+
+    def _other(self, ear: _Ear, server: str, source: int, what: str) -> None:
+        who = holder_of_port(ear.inode, source)
+        self._questions.append(Question(time.time(), who, ear.addresses, "", "", server, what))
+
+    def _message(self, ear: _Ear, sent: Sent, message: bytes) -> None:
+        asked = parse_question(message)
+        if asked is None:
+            word = "udp" if sent.sequence is None else "tcp"
+            self._other(ear, sent.server, sent.source, f"{word} port 53: {len(message)} bytes that are no query")
+            return
+        now = time.time()
+        passed_on = sent.server.startswith("127.") and sent.server != RESOLVER
+        if passed_on and now - ear.recent.get(asked, 0) < _SAME_SECONDS:
+            return
+        ear.recent[asked] = now
+        # At once: a moment later the process may be gone.
+        who = "" if asked[0] in self._own else holder_of_port(ear.inode, sent.source)
+        self._questions.append(Question(now, who, ear.addresses, asked[0], asked[1], sent.server))
 
     def control(self) -> str:
         """Ask for the control's name in every container, as its user."""
@@ -290,6 +368,8 @@ class NamesLayer:
         self._thread.join(timeout=10)
         self._thread = None
         for ear in list(self._ears.values()):
+            for key in list(ear.streams):
+                self._ended(ear, *key)
             _, lost = struct.unpack("=II", ear.listener.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
             if lost:
                 self.problems.append(f"{lost} packets that may have held names could not be read")
@@ -331,7 +411,7 @@ class NamesLayer:
             ours = q.name == self._marks.name
             if ours and component is not None:
                 caught.add((component.name, 6 if ":" in q.server else 4))
-            if q.name in self._own or self._is_own_address(q):
+            if not q.other and (q.name in self._own or self._is_own_address(q)):
                 continue
             found.append(
                 Attempt(
@@ -340,7 +420,7 @@ class NamesLayer:
                     process=q.process
                     or (f"uid {component.uid}" if component else f"a container at {', '.join(q.addresses)}"),
                     component=CONTROL if ours else component.name if component else "unknown",
-                    destination=f"name {q.name} ({q.kind})",
+                    destination=q.other or f"name {q.name} ({q.kind})",
                     detail="" if q.server == RESOLVER else f"asked at {q.server}",
                 )
             )

@@ -173,6 +173,10 @@ class PacketsLayer:
         if event.packet is None or event.uid is None:
             return
         pid = self._who.process_of_port(event.packet.protocol, event.packet.source_port, event.uid)
+        if pid is None and event.uid == 0 and self._who.root:
+            # It has ended. It may have been a component's, which has processes of root: nobody can say that it was not.
+            self._enter(event, 0)
+            return
         # By the control group alone: other users of this host (the operator's own session) are not our subject.
         if pid is None or self._who.by_group(self._who.group(pid)) is None:
             self._seen.foreign += 1

@@ -37,6 +37,8 @@ from moat.site.egresscheck.who import Who
 _MAX_CONNECTIONS: Final = 64
 _CONNECTION_SECONDS: Final = 5.0
 _MAX_MESSAGE: Final = 4096
+#: How many of the names that share an address are told.
+_SHOWN_NAMES: Final = 5
 
 
 @dataclass
@@ -97,6 +99,7 @@ class DnsLayer:
         #: Questions that were answered truly, one a second and component: each explains the call that carried it.
         self._answered: dict[tuple[str, int], Attempt] = {}
         self._given: dict[str, int] = {}
+        self._shared: dict[str, list[str]] = {}
         #: User, protocol and address family of each control, made and caught.
         self._controls: set[tuple[int, str, int]] = set()
         self._caught: set[tuple[int, str, int]] = set()
@@ -241,10 +244,15 @@ class DnsLayer:
 
     def _addresses(self, name: str) -> list[str]:
         """Return the addresses that stand for a name: the same ones each time it is asked for."""
-        number = self._given.setdefault(name, len(self._given) % 254 + 1)
-        addresses = [f"203.0.113.{number}", f"2001:db8:53::{number:x}"]
-        for address in addresses:
-            self.answers.setdefault(address, name)
+        known = name in self._given
+        number = self._given.setdefault(name, len(self._given))
+        # IPv4 has 254 of them: from then on several names have one, and the report says so.
+        addresses = [f"203.0.113.{number % 254 + 1}", f"2001:db8:53::{number + 1:x}"]
+        for address in () if known else addresses:
+            shared = self._shared.setdefault(address, [])
+            shared.append(name)
+            more = ", ..." if len(shared) > _SHOWN_NAMES else ""
+            self.answers[address] = name if len(shared) == 1 else f"one of {', '.join(shared[:_SHOWN_NAMES])}{more}"
         return addresses
 
     # --- the layer ---

@@ -156,8 +156,12 @@ def _address(a: Assembler, name: str, rec: int, ring: int, lost: int) -> None:
 
     a.label(f"{name} family")
     a.load(2, 1, 10, at)
-    a.jump_if(1, "==", _AF_UNSPEC, done)
     a.jump_if(1, "==", _AF_NETLINK, done)
+    a.jump_if(1, "!=", _AF_UNSPEC, f"{name} named")
+    # To connect() no family means to disconnect; a call that sends takes it for IPv4.
+    a.jump_if(7, "==", CONNECT, done)
+    a.jump(f"{name} inet")
+    a.label(f"{name} named")
     a.jump_if(1, "==", socket.AF_INET, f"{name} inet")
     a.jump_if(1, "==", socket.AF_INET6, f"{name} inet6")
     a.jump_if(1, "!=", socket.AF_UNIX, send)
@@ -229,6 +233,8 @@ def parse(record: bytes, wall_minus_monotonic: float) -> Call:
     """
     now, pid_tgid, uid_gid, group, comm, call, fd, count, index, raw = _RECORD.unpack(record[: _RECORD.size])
     family = int.from_bytes(raw[:2], "little")
+    if family == _AF_UNSPEC and call != CONNECT:
+        family = socket.AF_INET
     address, port = "", 0
     if family in (socket.AF_INET, socket.AF_INET6):
         port = int.from_bytes(raw[2:4], "big")

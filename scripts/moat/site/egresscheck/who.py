@@ -45,6 +45,11 @@ class Who:
         """The user ids of the components, root left out: root's packets are the whole host's."""
         return sorted(uid for uid in self._names if uid != 0)
 
+    @property
+    def root(self) -> bool:
+        """Whether a component has processes of root."""
+        return 0 in self._names
+
     def by_group(self, path: str) -> str | None:
         """Return the component whose control group ``path`` lies in."""
         return next((name for mark, name in self._marks if mark.search(path)), None)

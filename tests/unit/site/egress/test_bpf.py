@@ -85,6 +85,13 @@ def test_a_record_over_ipv4() -> None:
     assert (call.word, call.address, call.port) == ("connect", "203.0.113.5", 443)
 
 
+def test_a_sending_call_without_a_family_means_ipv4_and_a_connect_means_nothing() -> None:
+    raw = b"\x01\xbb\xcb\x00\x71\x05"
+    sent = sysenter.parse(record(socket.AF_UNSPEC, raw, sysenter.SENDTO), 0.0)
+    assert (sent.word, sent.family, sent.address, sent.port) == ("sendto", socket.AF_INET, "203.0.113.5", 443)
+    assert sysenter.parse(record(socket.AF_UNSPEC, raw), 0.0).address == ""
+
+
 def test_a_record_over_ipv6_and_a_mapped_one() -> None:
     raw = b"\x01\xbb" + bytes(4) + bytes.fromhex("20010db8000000000000000000000009")
     assert sysenter.parse(record(socket.AF_INET6, raw), 0.0).address == "2001:db8::9"

@@ -20,7 +20,7 @@ from moat.site.egresscheck.compose_site import changes
 from moat.site.egresscheck.containers import Service, _service
 from moat.site.egresscheck.marks import CONTROL, Marks
 from moat.site.egresscheck.model import Component
-from moat.site.egresscheck.names import NamesLayer, Question, parse_packet, parse_question
+from moat.site.egresscheck.names import NamesLayer, Question, Sent, Stream, parse_packet, parse_question
 from moat.site.egresscheck.nflog import Event, Packet
 
 MARKS = Marks("198.51.100.9", "2001:db8::9", 20001, "control-1.moat.invalid")
@@ -70,15 +70,16 @@ def test_a_hostile_name_stays_printable() -> None:
 
 def test_packets_to_name_servers_are_taken_and_others_left() -> None:
     message = question("a.example")
-    assert parse_packet(ipv4("127.0.0.11", 17, udp(34233, message))) == ("127.0.0.11", 40000, message)
-    assert parse_packet(ipv4("203.0.113.5", 17, udp(53, message))) == ("203.0.113.5", 40000, message)
+    assert parse_packet(ipv4("127.0.0.11", 17, udp(34233, message))) == Sent("127.0.0.11", 40000, message)
+    assert parse_packet(ipv4("203.0.113.5", 17, udp(53, message))) == Sent("203.0.113.5", 40000, message)
+    assert parse_packet(ipv4("203.0.113.5", 17, udp(53, b""))) == Sent("203.0.113.5", 40000, b"")
     assert parse_packet(ipv4("203.0.113.5", 17, udp(54, message))) is None
-    tcp = struct.pack(">HHIIBBHHH", 40000, 53, 0, 0, 0x50, 0x18, 0, 0, 0)
-    over_tcp = ipv4("203.0.113.5", 6, tcp + struct.pack(">H", len(message)) + message)
-    assert parse_packet(over_tcp) == ("203.0.113.5", 40000, message)
-    assert parse_packet(ipv4("203.0.113.5", 6, tcp)) is None
+    tcp = struct.pack(">HHIIBBHHH", 40000, 53, 7, 0, 0x50, 0x18, 0, 0, 0)
+    framed = struct.pack(">H", len(message)) + message
+    assert parse_packet(ipv4("203.0.113.5", 6, tcp + framed)) == Sent("203.0.113.5", 40000, framed, 7, 0x18)
+    assert parse_packet(ipv4("203.0.113.5", 6, tcp)) == Sent("203.0.113.5", 40000, b"", 7, 0x18)
     six = struct.pack(">IHBB", 0x60000000, 0, 17, 64) + b"\0" * 16 + socket.inet_pton(socket.AF_INET6, "2001:db8::5")
-    assert parse_packet(six + udp(53, message)) == ("2001:db8::5", 40000, message)
+    assert parse_packet(six + udp(53, message)) == Sent("2001:db8::5", 40000, message)
     for size in range(40):
         parse_packet(ipv4("127.0.0.11", 17, udp(53, message))[:size])  # cut off anywhere: no error
 
@@ -231,3 +232,20 @@ def test_a_service_on_a_network_that_is_not_watched_fails_a_probe(
     }
     probe = watched([inspected(mode, **networks)], known, {CORE.device: CORE})
     assert (probe.ok, probe.found) == (not found, found or "all of them")
+
+
+def test_a_stream_is_cut_into_messages_wherever_its_segments_end() -> None:
+    one, two = question("a.example"), question("b.example")
+    whole = b"".join(struct.pack(">H", len(m)) + m for m in (one, two))
+    for cut in range(1, len(whole)):
+        stream = Stream(100)
+        assert stream.take(Sent("203.0.113.5", 1, b"", 99, 0x02)) == []  # its beginning takes one number
+        first = Sent("203.0.113.5", 1, whole[:cut], 100)
+        found = [*stream.take(first), *stream.take(first)]  # the second one was sent again
+        found += stream.take(Sent("203.0.113.5", 1, whole[cut:], 100 + cut))
+        assert (found, stream.left) == ([one, two], None)
+    rest = Stream(2**32 - 3)
+    assert rest.take(Sent("203.0.113.5", 1, b"\xff" * 10, 2**32 - 3)) == []
+    assert rest.take(Sent("203.0.113.5", 1, b"\xff" * 10, 7)) == []  # the numbers begin anew behind 2^32
+    assert rest.left == 20
+    assert Stream(0).left == 0
