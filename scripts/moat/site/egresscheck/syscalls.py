@@ -166,7 +166,7 @@ class SyscallsLayer:
         component = self._who.by_group(group)
         foreign = component is None and _elsewhere(call.pid)
         if component is None and not foreign:
-            component = self._who.by_uid(call.uid)
+            component = self._who.neighbour(call.uid, group) or self._who.by_uid(call.uid)
         if component is None and not self._is_control(call):
             return  # not the site's; kept nowhere: what others on this host do is not our subject
         nowhere = call.family == socket.AF_UNIX and lookups.reachable(call.pid, lookups.RESOLVED) is False

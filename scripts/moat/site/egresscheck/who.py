@@ -13,11 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from moat.site.egresscheck import control
 from moat.site.egresscheck.model import Component
 
 UNKNOWN: Final = "unknown"
 #: Between the names of components that run as one user, where only the user is known.
 OR: Final = " or "
+
+
+#: A service of the system's manager; a person's session, or a container, is none.
+_SERVICE: Final = re.compile(r"(?:^|/)system\.slice/(?:.*/)?[^/]+\.service(?:$|/)", re.MULTILINE)
 
 
 class Who:
@@ -59,9 +64,19 @@ class Who:
         return OR.join(self._names[uid]) if uid != 0 and uid in self._names else None
 
     def component(self, uid: int, pid: int | None = None, group: str = "") -> str | None:
-        """Return the component, by the most exact trace that there is; ``None`` if it is none of the site's."""
-        path = self.group(pid) if pid is not None else ""
-        return self.by_group(path or group) or self.by_uid(uid)
+        """Return the component, by the most exact trace that there is; ``None`` if it is none of the site's.
+
+        A process of a component's user in the unit of somebody else is named as what it is: users may be shared
+        (``www-data``). It is not passed over, because the capture refuses it like the component's own.
+        """
+        path = (self.group(pid) if pid is not None else "") or group
+        return self.by_group(path) or self.neighbour(uid, path) or self.by_uid(uid)
+
+    def neighbour(self, uid: int, path: str) -> str | None:
+        """Return words for a process of a component's user whose control group is another service's."""
+        if uid == 0 or uid not in self._names or not _SERVICE.search(path) or self.by_group(path):
+            return None
+        return f"another program of user {control.name_of(uid)}"
 
     def group(self, pid: int) -> str:
         """Return the control groups of a process as text; empty if it is gone."""

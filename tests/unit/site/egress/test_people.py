@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import pwd
 import time
 from pathlib import Path
 
@@ -85,6 +86,23 @@ def test_gateways_of_one_user_are_told_apart_by_their_unit(tmp_path: Path) -> No
     assert who.component(990, 10) == "gateway-2"
     assert who.component(990, 4711) == "gateway-1 or gateway-2"
     assert who.words(10) == "10/python3"
+
+
+def test_another_service_of_a_shared_user_is_not_mistaken_for_the_component(tmp_path: Path) -> None:
+    proc(tmp_path, 10, "/system.slice/php-fpm.service", "php")
+    proc(tmp_path, 11, "/system.slice/system-moat\\x2dgateway.slice/other@1.service")
+    proc(tmp_path, 12, "/user.slice/user-1000.slice/user@1000.service/app.slice/x.service")
+    proc(tmp_path, 13, "/system.slice/nginx.service")
+    who = Who(GATEWAYS, tmp_path)
+    name = pwd.getpwuid(33).pw_name
+    assert who.component(33, 10) == f"another program of user {name}"
+    assert who.component(33, 11) == f"another program of user {name}"
+    assert who.component(33, 13) == "nginx"
+    # A session, a process that is gone: by the user, as ever.
+    assert who.component(33, 12) == who.component(33, 4711) == "nginx"
+    # The kernel's word for the group, where the process is gone; and users that are none of the site's.
+    assert who.component(33, 4711, "/system.slice/php-fpm.service") == f"another program of user {name}"
+    assert who.component(1, 10) is None
 
 
 def test_root_is_nobody_but_by_the_unit(tmp_path: Path) -> None:
