@@ -385,6 +385,13 @@ def test_a_configuration_that_was_pushed_since_is_named(host: Host) -> None:
     ]
 
 
+def test_gateways_of_several_nodes_have_the_node_in_their_name(host: Host) -> None:
+    put(host.root, "/run/moat/reports/node2.gateway-1.json", '{"revision": 7, "sha256": "ab"}')
+    put(host.root, "/run/moat/reports/broken.json", "{")
+    found = subject.of_systemd(host.root, host.store)
+    assert [k for k in found if k.startswith(subject.CONFIGURATION)] == ["configuration of node2.gateway-1"]
+
+
 def test_local_files_are_told_apart_by_their_content(host: Host) -> None:
     gateway_serves(host, 0)
     put(host.root, "/etc/moat/config/config.yaml", "model_list: []\n")

@@ -59,7 +59,7 @@ def configurations(reports: Path, config: Path) -> dict[str, str]:
         config: folder of the local files, which a gateway serves that has no revision.
     """
     found = {}
-    for path in sorted(reports.glob("gateway-*.json")):
+    for path in sorted(reports.glob("*.json")):  # gateway-1, of several nodes node1.gateway-1
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             report = json.loads(path.read_bytes())
             revision, digest = int(report["revision"]), report["sha256"]
