@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from moat_gateway.errors import NotRunning
+from moat_gateway.errors import NoAnswer, NotRunning
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -27,18 +27,30 @@ def request(path: Path, method: str, target: str, timeout: float = 5.0) -> tuple
     """Return status and body of one request.
 
     Raises:
-        NotRunning: nothing answers there.
+        NotRunning: there is no socket, or nobody listens on it.
+        NoAnswer: any other failure, its own timeout included. Who waits until a gateway is idle must not take a slow
+            one for one that has ended.
     """
     connection = _UnixConnection(path, timeout)
     try:
         connection.request(method, target)
         response = connection.getresponse()
         return response.status, response.read()
-    except (OSError, http.client.HTTPException) as e:
+    except (FileNotFoundError, ConnectionRefusedError) as e:
         raise NotRunning(
             "no gateway answers on the admin socket",
+            found=str(e),
+            hint="start the gateway, or name its socket with MOAT_ADMIN_SOCKET",
+            path=str(path),
+        ) from e
+    except (OSError, http.client.HTTPException) as e:
+        raise NoAnswer(
+            "no answer comes from the admin socket",
             found=str(e) or type(e).__name__,
-            hint="start the gateway, or name its socket with MOAT_ADMIN_SOCKET; you need to be in its group",
+            expected=f"an answer within {timeout:g} s",
+            hint="you need to be in the gateway's group"
+            if isinstance(e, PermissionError)
+            else "ask again; if it stays so, look at the gateway's log and its use of CPU",
             path=str(path),
         ) from e
     finally:
@@ -49,7 +61,8 @@ def status(path: Path) -> dict[str, Any]:
     """Return ``GET /status``.
 
     Raises:
-        NotRunning: nothing answers there, or something else does.
+        NotRunning: there is no socket, or nobody listens on it.
+        NoAnswer: none came in time, or something else answers.
     """
     code, body = request(path, "GET", "/status")
     try:
@@ -57,5 +70,5 @@ def status(path: Path) -> dict[str, Any]:
         if code != 200 or not isinstance(value, dict):
             raise ValueError(f"HTTP {code}")
     except ValueError as e:
-        raise NotRunning("what answers is no gateway", found=str(e), path=str(path)) from e
+        raise NoAnswer("what answers is no gateway", found=str(e), path=str(path)) from e
     return value

@@ -143,7 +143,7 @@ class LiteLLMRefused(GatewayError):
 
 
 class NotRunning(GatewayError):
-    """No gateway answers on the admin socket."""
+    """No gateway runs: nobody listens on the admin socket, or there is none."""
 
     exit_code, kind = 15, "not-running"
 
@@ -212,6 +212,18 @@ class SyncFolderFailed(GatewayError):
     """The folder of config-sync cannot be written, or another config-sync holds it."""
 
     exit_code, kind = 26, "sync-folder-failed"
+
+
+class SyncStuck(GatewayError):
+    """A step of config-sync does not come to its end; whoever runs it starts it again."""
+
+    exit_code, kind = 27, "sync-stuck"
+
+
+class NoAnswer(GatewayError):
+    """Something has the admin socket, and no usable answer came from it in time: a gateway may be busy."""
+
+    exit_code, kind = 28, "no-answer"
 
 
 def all_kinds() -> list[type[GatewayError]]:

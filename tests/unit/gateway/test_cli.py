@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from moat_gateway import adminclient
 from moat_gateway.cli import main
+from moat_gateway.errors import NoAnswer
 
 MASTER = "sk-" + "0123456789abcdef" * 4
 CONFIG = """\
@@ -108,6 +114,48 @@ def test_status_without_a_gateway(site: Path, capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert json.loads(captured.out)["problems"][0]["kind"] == "not-running"
     assert "no gateway answers" in captured.err
+
+
+@contextmanager
+def listener(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(str(path))
+        server.listen()
+        yield server
+
+
+def test_a_socket_where_nobody_listens_any_more_is_that_of_a_gateway_that_has_ended(site: Path) -> None:
+    with listener(site / "admin.sock"):
+        pass
+    assert (site / "admin.sock").exists()
+    assert main(["status", "--json"]) == 15
+
+
+def test_a_gateway_that_is_slow_is_not_one_that_does_not_run(site: Path) -> None:
+    """Whoever waits until it is idle goes on at 15."""
+    with listener(site / "admin.sock"), pytest.raises(NoAnswer, match="no answer") as e:
+        adminclient.request(site / "admin.sock", "GET", "/status", timeout=0.1)
+    assert e.value.expected == "an answer within 0.1 s"
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "HTTP/1.1 500 no\r\ncontent-length: 2\r\n\r\n{}", "HTTP/1.1 200 ok\r\n\r\nwhat"]
+)
+def test_an_answer_that_cannot_be_used_does_not_say_that_no_gateway_runs(
+    site: Path, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(answer.encode())
+
+    with listener(site / "admin.sock") as server:
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        assert main(["status", "--json"]) == 28
+        thread.join()
+    assert json.loads(capsys.readouterr().out)["problems"][0]["kind"] == "no-answer"
 
 
 def test_wrong_usage_is_2() -> None:
