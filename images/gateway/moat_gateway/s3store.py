@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from moat_gateway import revstore, store
+from moat_gateway.deadline import Deadline
 from moat_gateway.errors import BadRevision, StoreFailed
 from moat_gateway.revstore import NodeReport, Pointer, Stored
 from moat_gateway.settings import Settings
 
 POINTER_TIMEOUT = 2.0  # seconds to connect, and without a byte: a store that is gone is noticed at once
+_POINTER_DEADLINE = 8.0  # seconds for a whole small answer: a store that trickles is not waited for
 _ARCHIVE_TIMEOUT = 30.0  # seconds without a byte
-_FETCH_DEADLINE = 300.0  # seconds for a whole archive: a store that trickles is not waited for
+ARCHIVE_DEADLINE = 300.0  # seconds for a whole archive
+_PAGES = 200  # of a list, of a thousand names each: a store that always has one more is not followed
 _SKEW = timedelta(seconds=60)  # below this, S3 does not mind
 _CHUNK = 1 << 18  # bytes
 #: Seconds after which the pointer is read whole although it may be unchanged. What MinIO could not replicate to another
@@ -45,8 +48,8 @@ class S3Store:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._short = _Connection(settings, POINTER_TIMEOUT, POINTER_TIMEOUT)
-        self._long = _Connection(settings, 5.0, _ARCHIVE_TIMEOUT)
+        self._short = _Connection(settings, POINTER_TIMEOUT, POINTER_TIMEOUT, _POINTER_DEADLINE)
+        self._long = _Connection(settings, 5.0, _ARCHIVE_TIMEOUT, ARCHIVE_DEADLINE)
         self._nudged = time.monotonic()
         self._seen: dict[str, tuple[str, bytes]] = {}  # reports by name: etag and bytes
 
@@ -65,9 +68,9 @@ class S3Store:
         if answer.code == "NoSuchKey" or (answer.status == 404 and answer.code != "NoSuchBucket"):
             raise revstore.no_revision(self.describe())
         fields = answer.take(self._settings, "read the pointer")
-        found = str(fields["ETag"])
+        found = str(fields.get("ETag", ""))
         try:
-            raw = self._body(fields, revstore.MAX_POINTER, POINTER_TIMEOUT * 2, revstore.POINTER)
+            raw = self._body(self._short, fields, revstore.MAX_POINTER, revstore.POINTER)
         except BadRevision:  # too large for one
             raw = b""
         if whole:
@@ -100,15 +103,15 @@ class S3Store:
         if answer.code == "NoSuchKey":
             raise revstore.missing(self.describe(), name, *hint)
         fields = answer.take(self._settings, f"read {name}")
-        return self._body(fields, limit, _FETCH_DEADLINE, name)
+        return self._body(self._long, fields, limit, name)
 
-    def _body(self, fields: Mapping[str, Any], limit: int, seconds: float, name: str) -> bytes:
-        """Read an answer's body: not beyond ``limit`` bytes, and not for longer than ``seconds``."""
-        from botocore.exceptions import BotoCoreError
+    def _body(self, connection: _Connection, fields: Mapping[str, Any], limit: int, name: str) -> bytes:
+        """Read an answer's body: not beyond ``limit`` bytes, and not beyond the connection's deadline."""
+        from botocore.exceptions import BotoCoreError, HTTPClientError
 
         length = int(fields.get("ContentLength", 0))
         body, out, read = fields["Body"], [], 0
-        deadline = time.monotonic() + seconds
+        deadline = connection.deadline
         try:
             with contextlib.closing(body):
                 if length > limit:
@@ -118,14 +121,13 @@ class S3Store:
                     read += len(chunk)
                     if read > limit:
                         raise revstore.too_large(self.describe(), name, read, limit)
-                    if time.monotonic() > deadline:
-                        raise StoreFailed(
-                            f"{name} does not arrive in time from {self._settings.store_endpoint}",
-                            found=f"{read} bytes in {seconds:g} s",
-                            hint="look at the network between here and the store",
-                        )
-        except BotoCoreError as e:
-            raise store.failed(self._settings, f"read all of {name}", e) from e
+            if deadline.over:
+                raise HTTPClientError(error=deadline.late())
+        except (BotoCoreError, OSError, ValueError) as e:
+            cause = HTTPClientError(error=deadline.late()) if deadline.over else e
+            raise store.failed(self._settings, f"read all of {name}", cause) from e
+        finally:
+            deadline.end()
         return b"".join(out)
 
     def list(self) -> list[Stored]:
@@ -141,13 +143,23 @@ class S3Store:
         """Return the objects below a prefix, and the store's own time."""
         found: Any = []
         more: dict[str, str] = {}
-        while True:
+        for _ in range(_PAGES):
             answer = self._short.ask("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
             fields = answer.take(self._settings, f"list {prefix} of {bucket}")
             found += fields.get("Contents", [])
             if not fields.get("IsTruncated"):
                 return found, answer.date or datetime.now(UTC)
-            more = {"ContinuationToken": fields["NextContinuationToken"]}
+            token = fields.get("NextContinuationToken")
+            if not token or token == more.get("ContinuationToken"):
+                break
+            more = {"ContinuationToken": token}
+        raise StoreFailed(
+            f"the list of {prefix} at {self._settings.store_endpoint} has no end",
+            found=f"{len(found)} names and more to come",
+            expected=f"a list of at most {_PAGES * 1000} names",
+            hint="see what else is written to the bucket, and the store's log",
+            path=f"bucket {bucket}",
+        )
 
     def probe(self) -> None:
         """See :class:`revstore.Store`; nothing but the object ``probe`` is touched."""
@@ -199,7 +211,7 @@ class S3Store:
             **condition,
         )
         if answer.status == 200:
-            return revstore.parse_pointer(raw, str(answer.fields["ETag"]), self.describe())
+            return revstore.parse_pointer(raw, str(answer.fields.get("ETag", "")), self.describe())
         if answer.error is not None and not answer.status:
             return self._moved(pointer, etag, answer)
         # 404: a condition on an object that is gone.
@@ -262,7 +274,7 @@ class S3Store:
                 if answer.code == "NoSuchKey":
                     continue
                 fields = answer.take(self._settings, f"read {key}", bucket)
-                old = str(fields["ETag"]), self._body(fields, revstore.MAX_REPORT, POINTER_TIMEOUT * 2, key)
+                old = str(fields.get("ETag", "")), self._body(self._short, fields, revstore.MAX_REPORT, key)
             seen[key] = old
             found[node] = NodeReport(old[1], age)
         self._seen = seen
@@ -283,7 +295,7 @@ class S3Store:
         if answer.code in ("NoSuchKey", "NoSuchBucket"):
             return None
         fields = answer.take(self._settings, "look whether this is another site's copy")
-        raw = self._body(fields, revstore.MAX_POINTER, POINTER_TIMEOUT * 2, revstore.REPLICA)
+        raw = self._body(self._short, fields, revstore.MAX_POINTER, revstore.REPLICA)
         text = raw.decode("utf-8", "replace").strip()
         return text if text and text.isprintable() else "another site"
 
@@ -316,9 +328,11 @@ class _Answer:
 class _Connection:
     """A client that follows its key files, and the store's clock where this host's is wrong."""
 
-    def __init__(self, settings: Settings, connect_timeout: float, read_timeout: float) -> None:
+    def __init__(self, settings: Settings, connect_timeout: float, read_timeout: float, seconds: float) -> None:
         self._settings = settings
         self._timeouts = connect_timeout, read_timeout
+        #: Of each request, with the body of its answer.
+        self.deadline = Deadline(seconds)
         self._client: Any = None
         self._state: tuple[object, ...] = ()
         self._offset = timedelta()
@@ -350,7 +364,9 @@ class _Connection:
         state = tuple(_state_of(path) for path in paths)
         if self._client is not None and state == self._state:
             return False
-        client = store.connect(s, connect_timeout=self._timeouts[0], read_timeout=self._timeouts[1])
+        client = store.connect(
+            s, connect_timeout=self._timeouts[0], read_timeout=self._timeouts[1], deadline=self.deadline
+        )
         client.meta.events.register("choose-signer.s3", lambda **_: self._signer)
         self._client, self._state = client, state
         return True

@@ -11,10 +11,12 @@ from typing import Any
 
 from moat_gateway import secretfiles
 from moat_gateway.allowlist import NotADestination, parse_host_port
+from moat_gateway.deadline import Deadline, Unfinished
 from moat_gateway.errors import StoreFailed
 from moat_gateway.settings import Settings
 
 REGION = "us-east-1"  # S3's word for "no region"; MinIO and others take it
+_REQUEST = 60.0  # seconds for one request of an administrator
 
 
 @dataclass(frozen=True)
@@ -207,14 +209,16 @@ def connect(
     *,
     connect_timeout: float = 5,
     read_timeout: float = 10,
+    deadline: Deadline | None = None,
 ) -> Any:
-    """Return an S3 client that tries each request once.
+    """Return an S3 client that tries each request once; for one thread.
 
     Args:
         settings: of the store.
         credentials: others than those of the settings' key files.
         connect_timeout: seconds.
         read_timeout: seconds without a byte.
+        deadline: of each request with its answer.
 
     Raises:
         StoreFailed: the endpoint cannot be used, or boto3 is not installed.
@@ -225,6 +229,8 @@ def connect(
     try:
         import boto3
         from botocore.config import Config
+
+        from moat_gateway.s3http import Session
     except ImportError as e:
         raise StoreFailed("boto3 is not installed", found=str(e), hint="install the bundle's wheels") from e
     config = Config(
@@ -239,7 +245,7 @@ def connect(
         proxies={},
     )
     ca: bool | str = str(Path(settings.store_ca_file)) if settings.store_ca_file else True
-    return boto3.session.Session().client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=url,
         region_name=REGION,
@@ -248,6 +254,11 @@ def connect(
         config=config,
         verify=ca,
     )
+    # boto3 takes no other HTTP by an argument.
+    client._endpoint.http_session = Session(
+        deadline or Deadline(_REQUEST), verify=ca, timeout=(connect_timeout, read_timeout), proxies={}
+    )
+    return client
 
 
 def _exists(client: Any, bucket: str) -> bool:
@@ -317,6 +328,9 @@ def failed(settings: Settings, what: str, e: Exception, bucket: str | None = Non
             hint = "run `moat-gateway store init`"
     else:
         found, hint = type(e).__name__, "start the store, or correct MOAT_STORE_ENDPOINT"
+        cause = getattr(e, "kwargs", {}).get("error")
+        if isinstance(cause, Unfinished):
+            found, hint = str(cause), "look at the network between here and the store, and at the store's log"
     return StoreFailed(
         f"cannot {what} at {settings.store_endpoint}",
         found=found,

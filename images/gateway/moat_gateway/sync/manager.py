@@ -19,9 +19,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from moat_gateway import __version__, revstore
+from moat_gateway import __version__, dryrun, revstore, s3store
+from moat_gateway.deadline import Step
 from moat_gateway.dryrun import DryRun
-from moat_gateway.errors import BadSetting, GatewayError
+from moat_gateway.errors import BadSetting, GatewayError, SyncStuck
 from moat_gateway.logs import Log, adopt_loggers, capture_everything, where_of
 from moat_gateway.notify import Notifier
 from moat_gateway.settings import Settings
@@ -38,6 +39,7 @@ from moat_gateway.sync.vetting import NodeVet
 
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _END = 3.0  # seconds for a step that is writing to come to its end after SIGTERM
+_STEP_MARGIN = 120.0  # seconds of a step for what has no limit of its own: the folder, and a busy machine
 
 
 def run(settings: Settings, unknown: tuple[str, ...]) -> int:
@@ -82,6 +84,7 @@ class ConfigSyncManager:
         self._wake = threading.Event()
         self._asked = threading.Event()
         self._signal = ""
+        self._step = Step(step_limit(settings))
         self._node = node_name(settings)
         for name, value in (("sync_dir", settings.sync_dir), ("reports_dir", settings.reports_dir)):
             if not value:
@@ -139,8 +142,7 @@ class ConfigSyncManager:
     def _tell(self, teller: Teller, board: Board, following: threading.Thread) -> None:
         said = ""
         while self._wait():
-            if not following.is_alive():
-                raise RuntimeError("the thread that follows the source has ended")
+            self._watch(following)
             if teller.tick():
                 self._check_now()
             status = _status(board.state)
@@ -153,9 +155,24 @@ class ConfigSyncManager:
         while not self._stop.is_set():
             asked = self._asked.is_set()
             self._asked.clear()
-            follower.step(asked=asked)
+            with self._step:
+                follower.step(asked=asked)
             self._wake.wait(follower.pause())
             self._wake.clear()
+
+    def _watch(self, following: threading.Thread) -> None:
+        """See that the source is followed; nothing else would notice, and a thread cannot be ended from outside."""
+        if not following.is_alive():
+            raise RuntimeError("the thread that follows the source has ended")
+        seconds = self._step.stuck()
+        if seconds is not None:
+            raise SyncStuck(
+                "a step of config-sync does not come to its end",
+                found=f"{seconds:.0f} s",
+                expected=f"at most {step_limit(self._settings):g} s with all that it may wait for",
+                hint="nothing now: whoever runs config-sync starts it again. If it comes back, see the source, the "
+                "network's name service and the disk",
+            )
 
     def _check_now(self) -> None:
         self._asked.set()
@@ -200,6 +217,13 @@ class ConfigSyncManager:
             say=say,
             resume=before.turn if before is not None and before.boot_id == boot_id() else None,
         )
+
+
+def step_limit(settings: Settings) -> float:
+    """Return the seconds in which a step of the follower ends for certain if it ends at all."""
+    # An archive may be asked for twice (a refusal, then by the store's clock), and so may the dry run.
+    waits = s3store.ARCHIVE_DEADLINE + dryrun.START_TIMEOUT + settings.dry_run_timeout
+    return 2 * waits + _STEP_MARGIN
 
 
 def node_name(settings: Settings) -> str:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves that no answer of a store, however slow, long or odd, holds a client up or spoils it for the next request."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.gateway.hostilestore import HostileStore, answer
+from tests.integration.gateway.stores import Place, Refused
+
+Answers = Callable[[HostileStore, socket.socket], None]
+
+NO_KEY = answer("404 Not Found", b"<Error><Code>NoSuchKey</Code></Error>")
+
+
+@contextlib.contextmanager
+def place_of(store: HostileStore, folder: Path, python: Path) -> Iterator[Place]:
+    made = Place(store, folder, python)  # type: ignore[arg-type]  # it has what is needed of a Backend
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def flood(client: socket.socket, first: bytes) -> None:
+    """Send without an end, as fast as it is taken."""
+    client.sendall(first)
+    piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    while True:
+        client.sendall(piece)
+
+
+CHUNKED = "\r\nTransfer-Encoding: chunked\r\n\r\n"
+SLOW: dict[str, Answers] = {
+    "a body": lambda s, c: s.drip(c, b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\nETag: x\r\n\r\n", b"{"),
+    "a body without a length": lambda s, c: s.drip(c, b"HTTP/1.1 200 OK\r\nETag: x\r\n\r\n", b"{"),
+    "the body of a refusal": lambda s, c: s.drip(c, b"HTTP/1.1 500 No\r\nContent-Length: 300\r\n\r\n", b"<"),
+    "a refusal without a length": lambda s, c: s.drip(c, b"HTTP/1.1 500 No\r\n\r\n", b"<"),
+    "headers": lambda s, c: s.drip(c, b"HTTP/1.1 200 OK\r\n", b"a: b\r\n"),
+    "one header": lambda s, c: s.drip(c, b"HTTP/1.1 200 OK\r\na: ", b"b"),
+    "no header at all": lambda s, c: s.drip(c, b"HTTP", b"/"),
+    "words to go on": lambda s, c: s.drip(c, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+def test_an_answer_that_trickles_is_given_up_and_the_next_one_is_taken(tmp_path: Path, python: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        stores, drivers = {}, {}
+        for n, (name, talk) in enumerate(SLOW.items()):
+            store = stack.enter_context(HostileStore(lambda _c, _line: None))
+            store.talk = lambda c, _line, store=store, talk=talk: talk(store, c)  # type: ignore[misc]
+            stores[name] = store
+            drivers[name] = stack.enter_context(place_of(store, tmp_path / str(n), python)).driver()
+        begun = time.monotonic()
+        for driver in drivers.values():
+            driver.send("pointer")
+        for name, driver in drivers.items():
+            with pytest.raises(Refused) as e:
+                driver.end()
+            assert e.value.error == "StoreFailed", name
+            assert "no whole answer within 8 s" in e.value.text, name
+        # Eight seconds; the margin is for a busy machine.
+        assert time.monotonic() - begun < 30
+        for name, driver in drivers.items():
+            stores[name].talk = lambda c, _line: c.sendall(NO_KEY)
+            with pytest.raises(Refused) as e:
+                driver.ask("pointer")
+            assert e.value.error == "NoRevision", name
+
+
+@pytest.mark.parametrize("status", ["500 No", "403 No", "404 No", "200 OK"])
+def test_an_answer_without_an_end_is_not_read_to_it(tmp_path: Path, python: Path, status: str) -> None:
+    with HostileStore(lambda c, _line: flood(c, f"HTTP/1.1 {status}{CHUNKED}".encode())) as store:
+        with place_of(store, tmp_path / "place", python) as place, pytest.raises(Refused) as e:
+            place.driver().ask("list")
+        assert (e.value.error, "an answer of more than" in e.value.text) == ("StoreFailed", True)
+
+
+def listing(token: str) -> bytes:
+    return (
+        '<?xml version="1.0"?><ListBucketResult><IsTruncated>true</IsTruncated>'
+        f"<NextContinuationToken>{token}</NextContinuationToken></ListBucketResult>"
+    ).encode()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["the same token", "always another token"])
+def test_a_list_without_an_end_is_given_up(tmp_path: Path, python: Path, again: bool) -> None:
+    with HostileStore(lambda _c, _line: None) as store:
+        store.talk = lambda c, _line: c.sendall(answer("200 OK", listing("t" if again else str(len(store.requests)))))
+        with place_of(store, tmp_path / "place", python) as place, pytest.raises(Refused) as e:
+            place.driver().ask("list")
+        assert "has no end" in e.value.text
+        assert len(store.requests) <= 200
