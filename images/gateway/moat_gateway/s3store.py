@@ -11,7 +11,7 @@ import base64
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -29,6 +29,10 @@ _ARCHIVE_TIMEOUT = 30.0  # seconds without a byte
 ARCHIVE_DEADLINE = 300.0  # seconds for a whole archive
 _PAGES = 200  # of a list, of a thousand names each: a store that always has one more is not followed
 _SKEW = timedelta(seconds=60)  # below this, S3 does not mind
+_LISTED = {"Key", "Size", "ETag", "LastModified"}  # what each entry of a list must have
+_YEARS = range(2020, 2200)  # a store that names another year has no clock that could be followed
+_SIGNER = "moat-v4"
+_OFFSET = "moat_offset"
 _CHUNK = 1 << 18  # bytes
 #: Seconds after which the pointer is read whole although it may be unchanged. What MinIO could not replicate to another
 #: site while the link was cut, it tries again when somebody reads it, else only minutes or hours later.
@@ -146,7 +150,7 @@ class S3Store:
         for _ in range(_PAGES):
             answer = self._short.ask("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
             fields = answer.take(self._settings, f"list {prefix} of {bucket}")
-            found += fields.get("Contents", [])
+            found += [e for e in fields.get("Contents", []) if e.keys() >= _LISTED]
             if not fields.get("IsTruncated"):
                 return found, answer.date or datetime.now(UTC)
             token = fields.get("NextContinuationToken")
@@ -311,8 +315,11 @@ class _Answer:
         self.status = int(meta.get("HTTPStatusCode", 0))
         self.code = str(fields.get("Error", {}).get("Code", "")) if error is not None else ""
         self.date: datetime | None = None
-        with contextlib.suppress(ValueError, TypeError):
-            self.date = parsedate_to_datetime(meta.get("HTTPHeaders", {}).get("date", ""))
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            found = parsedate_to_datetime(meta.get("HTTPHeaders", {}).get("date", ""))
+            # Without a zone (`-0000`) it is UTC as well.
+            found = found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+            self.date = found if found.year in _YEARS else None
 
     def take(self, settings: Settings, what: str, bucket: str | None = None) -> Mapping[str, Any]:
         """Return the fields.
@@ -336,7 +343,6 @@ class _Connection:
         self._client: Any = None
         self._state: tuple[object, ...] = ()
         self._offset = timedelta()
-        self._signer = _signer(f"moat-v4-{id(self)}", lambda: self._offset)
 
     def ask(self, operation: str, **arguments: Any) -> _Answer:
         """Make one request; after a refusal that new key files or the store's clock may heal, once more."""
@@ -347,13 +353,14 @@ class _Connection:
         return answer
 
     def _once(self, operation: str, arguments: Mapping[str, Any]) -> _Answer:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import ClientError
 
         try:
             return _Answer(getattr(self._client, operation)(**arguments))
         except ClientError as e:
             return _Answer(e.response, e)
-        except BotoCoreError as e:
+        except Exception as e:
+            # Also what boto3 was not made for: the next answer may be right, and this one costs nobody the client.
             return _Answer({}, e)
 
     def _refresh(self) -> bool:
@@ -367,9 +374,16 @@ class _Connection:
         client = store.connect(
             s, connect_timeout=self._timeouts[0], read_timeout=self._timeouts[1], deadline=self.deadline
         )
-        client.meta.events.register("choose-signer.s3", lambda **_: self._signer)
+        _make_signer()
+        client.meta.events.register("choose-signer.s3", lambda **_: _SIGNER)
+        client.meta.events.register("before-sign.s3", self._shift)
+        if self._client is not None:
+            self._client.close()
         self._client, self._state = client, state
         return True
+
+    def _shift(self, request: Any, **_: Any) -> None:
+        request.context[_OFFSET] = self._offset
 
     def _follow_clock(self, answer: _Answer) -> bool:
         if answer.date is None:
@@ -381,20 +395,26 @@ class _Connection:
         return True
 
 
-def _signer(name: str, offset: Callable[[], timedelta]) -> str:
-    """Make boto3 know a way to sign: with this host's time plus an offset; return its name."""
+def _make_signer() -> None:
+    """Make boto3 know a way to sign: with this host's time plus the offset of the request.
+
+    One for all clients: what boto3 knows it never forgets, nor what that refers to.
+    """
     from botocore.auth import AUTH_TYPE_MAPS, SIGV4_TIMESTAMP, S3SigV4Auth
+
+    if _SIGNER in AUTH_TYPE_MAPS:
+        return
 
     class ShiftedAuth(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
         """Signature version 4, by the store's clock."""
 
         def _modify_request_before_signing(self, request: Any) -> None:
-            if offset():
-                request.context["timestamp"] = (datetime.now(UTC) + offset()).strftime(SIGV4_TIMESTAMP)
+            offset = request.context.get(_OFFSET)
+            if offset:
+                request.context["timestamp"] = (datetime.now(UTC) + offset).strftime(SIGV4_TIMESTAMP)
             super()._modify_request_before_signing(request)
 
-    AUTH_TYPE_MAPS[name] = ShiftedAuth
-    return name
+    AUTH_TYPE_MAPS[_SIGNER] = ShiftedAuth
 
 
 def _state_of(path: Path) -> tuple[int, int, int] | None:

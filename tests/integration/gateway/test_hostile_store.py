@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,3 +97,80 @@ def test_a_list_without_an_end_is_given_up(tmp_path: Path, python: Path, again: 
             place.driver().ask("list")
         assert "has no end" in e.value.text
         assert len(store.requests) <= 200
+
+
+DATES = ["Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 +2359", "Wed, 01 Jan 2031 00:00:00 -0000", "x"]
+
+
+@pytest.mark.parametrize("date", DATES)
+def test_a_refusal_with_an_odd_date_spoils_no_later_request(tmp_path: Path, python: Path, date: str) -> None:
+    refusal = answer("403 Forbidden", b"<Error><Code>RequestTimeTooSkewed</Code></Error>", f"Date: {date}")
+    with HostileStore(lambda c, _line: c.sendall(refusal)) as store, place_of(store, tmp_path / "p", python) as place:
+        driver = place.driver()
+        with pytest.raises(Refused) as e:
+            driver.ask("pointer")
+        assert e.value.error == "StoreFailed"
+        assert "HTTP 403" in e.value.text
+        store.talk = lambda c, _line: c.sendall(NO_KEY)
+        with pytest.raises(Refused) as e:
+            driver.ask("pointer")
+        assert e.value.error == "NoRevision"
+
+
+ODD = [
+    answer("200 OK", b"<a>"),
+    answer("200 OK", b"<ListBucketResult><Contents><Size>many</Size></Contents></ListBucketResult>"),
+    answer("200 OK", b"<ListBucketResult><Contents><Key>revisions/1</Key></Contents></ListBucketResult>"),
+    answer("500 No", b"\xff\xfe<"),
+    b"HTTP/1.1 999\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"SSH-2.0-x\r\n",
+]
+
+
+def test_an_odd_answer_is_a_failure_of_the_store_and_no_defect(tmp_path: Path, python: Path) -> None:
+    with HostileStore(lambda _c, _line: None) as store, place_of(store, tmp_path / "p", python) as place:
+        driver = place.driver()
+
+        def talk(client: socket.socket, raw: bytes) -> None:
+            client.sendall(raw)
+            client.shutdown(socket.SHUT_RDWR)
+
+        for raw in ODD:
+            store.talk = lambda c, _line, raw=raw: talk(c, raw)  # type: ignore[misc]
+            for operation in ("list", "pointer", "reports", "replica_of"):
+                # Refused or not: what nothing expected would end the driver.
+                with contextlib.suppress(Refused):
+                    driver.ask(operation)
+        store.talk = lambda c, _line: c.sendall(NO_KEY)
+        with pytest.raises(Refused) as refused:
+            driver.ask("pointer")
+        assert refused.value.error == "NoRevision"
+
+
+CLIENTS = """
+import gc, sys
+from pathlib import Path
+from moat_gateway.s3store import S3Store
+from moat_gateway.settings import Settings
+folder = Path(sys.argv[1])
+settings = Settings(
+    store_endpoint=sys.argv[2], store_access_key_file=folder / "store_access_key",
+    store_secret_key_file=folder / "store_secret_key",
+)
+for _ in range(4):
+    S3Store(settings).replica_of()
+gc.collect()
+from botocore.client import BaseClient
+print(sum(isinstance(o, BaseClient) for o in gc.get_objects()))
+"""
+
+
+def test_a_client_that_nobody_uses_any_more_is_gone(tmp_path: Path, python: Path) -> None:
+    with HostileStore(lambda c, _line: c.sendall(NO_KEY)) as store, place_of(store, tmp_path / "p", python) as place:
+        argv = [str(python), "-c", CLIENTS, str(place.folder / "secrets"), f"127.0.0.1:{store.port}"]
+        done = subprocess.run(argv, env=place.environment(), capture_output=True, text=True, timeout=120)
+    # Twelve MB each: config-sync makes a new one whenever something unexpected happened.
+    assert done.stdout.split() == ["0"], done.stderr
