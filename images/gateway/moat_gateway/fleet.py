@@ -103,9 +103,10 @@ class Lag:
     """A gateway (or a whole node) that does not serve a revision.
 
     Attributes:
-        node: its node.
+        node: its node; ``the reports`` if these could not be read, so that nobody knows.
         gateway: its name; ``None`` if it is the node.
-        kind: ``silent``, ``refused``, ``store-not-seen``, ``needs-restart``, ``other-content`` or ``behind``.
+        kind: ``silent``, ``refused``, ``store-not-seen``, ``needs-restart``, ``other-content``, ``behind`` or
+            ``reports-not-read``.
         why: one line.
     """
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from moat_gateway import cliout, fleet
+from moat_gateway.errors import GatewayError
 from moat_gateway.fleet import Fleet, Gateway, Lag
 
 _COLUMNS = ("NODE", "GATEWAY", "SERVES", "SINCE", "STATE")
@@ -55,7 +56,7 @@ def wait(
     """Follow a revision until every gateway serves it, or the time is over.
 
     Args:
-        look: returns what is known now.
+        look: returns what is known now; a refusal counts as not yet.
         revision: the number.
         sha256: of its manifest.
         seconds: how long.
@@ -69,15 +70,21 @@ def wait(
     begun = clock()
     show = Live(out) if out.isatty() else None
     told: dict[tuple[str, str | None], tuple[str, int]] = {}
+    state = Fleet()
     while True:
-        state = look()
-        lags = fleet.lagging(state, revision, sha256)
+        blind: tuple[Lag, ...] = ()
+        try:
+            state = look()
+        except GatewayError as e:
+            # It is in force: that the store does not answer now says nothing against that.
+            blind = (Lag("the reports", None, "reports-not-read", f"cannot be read: {e.one_line()}"),)
+        lags = (*fleet.lagging(state, revision, sha256), *blind)
         took = clock() - begun
         done = bool(state.gateways) and not lags
         if show is not None:
             ready = len(state.gateways) - sum(x.gateway is not None for x in lags)
             head = f"revision {revision}: {ready} of {len(state.gateways)} gateways, {took:.1f} s"
-            show.update([*table(state, revision, sha256), head])
+            show.update([*table(state, revision, sha256), *(f"{x.name}: {x.why}" for x in blind), head])
         else:
             _tell(state, lags, told, took, out)
         if done or took >= seconds:
@@ -115,6 +122,12 @@ def _tell(
             told[g.node, g.name] = now
             out.write(f"{took:6.1f} s  {g.node}/{g.name}: {lag.why if lag else f'serves revision {g.revision}'}\n")
             out.flush()
+    blind = next((x for x in lags if x.kind == "reports-not-read"), None)
+    here = (blind.kind if blind else "", 0)
+    if told.get(("", None), ("", 0)) != here:
+        told["", None] = here
+        out.write(f"{took:6.1f} s  the reports: {blind.why if blind else 'are read again'}\n")
+        out.flush()
 
 
 def _served(gateway: Gateway) -> str:

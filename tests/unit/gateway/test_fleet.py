@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moat_gateway import fleet, fleetview
+from moat_gateway.errors import GatewayError, StoreFailed
 from moat_gateway.fleet import Fleet
 from moat_gateway.revstore import NodeReport
 from moat_gateway.settings import Settings
@@ -161,12 +162,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def follow(out: io.StringIO, *states: Fleet, seconds: float = 10.0) -> tuple[tuple[str, ...], float]:
+def follow(out: io.StringIO, *states: Fleet | GatewayError, seconds: float = 10.0) -> tuple[tuple[str, ...], float]:
     """Follow revision 7 through some states, a second each; return who lags at the end and how long it took."""
     left, now = list(states), [0.0]
 
     def look() -> Fleet:
-        return left.pop(0) if len(left) > 1 else left[0]
+        seen = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(seen, GatewayError):
+            raise seen
+        return seen
 
     def sleep(_: float) -> None:
         now[0] += 1.0
@@ -211,6 +215,24 @@ def test_on_a_terminal_the_table_is_replaced_in_place(monkeypatch: pytest.Monkey
 def test_waiting_ends_with_its_time_and_names_who_lags() -> None:
     lags, took = follow(io.StringIO(), *states()[:2], seconds=5.0)
     assert (lags, took) == (("n1/gateway-2",), 5.0)
+
+
+LOST = StoreFailed("cannot list nodes/ at store:9000", found="ReadTimeoutError")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_look_that_fails_is_not_yet_and_what_was_seen_before_it_counts(terminal: bool) -> None:
+    out = Terminal() if terminal else io.StringIO()
+    first, second, last = states()
+    assert follow(out, LOST, first, LOST, LOST, second, last) == ((), 5.0)
+    assert "the reports: cannot be read: cannot list nodes/ at store:9000; found" in out.getvalue()
+    if not terminal:
+        said = [line for line in out.getvalue().splitlines() if "the reports" in line]
+        assert [line.split()[0] for line in said] == ["0.0", "1.0", "2.0", "4.0"], "once each time"
+    lags, took = follow(io.StringIO(), second, LOST, seconds=3.0)
+    assert (lags, took) == (("n1/gateway-2", "the reports"), 3.0)
+    # The store was lost at the very end: that everybody served it before is not enough to say so now.
+    assert follow(io.StringIO(), LOST, seconds=2.0) == (("the reports",), 2.0)
 
 
 def test_waiting_for_nobody_is_no_success() -> None:
