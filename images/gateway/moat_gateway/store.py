@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -331,9 +332,28 @@ def failed(settings: Settings, what: str, e: Exception, bucket: str | None = Non
         cause = getattr(e, "kwargs", {}).get("error")
         if isinstance(cause, Unfinished):
             found, hint = str(cause), "look at the network between here and the store, and at the store's log"
+        elif type(e).__name__ == "SSLError":
+            return _no_trust(settings, what, cause)
     return StoreFailed(
         f"cannot {what} at {settings.store_endpoint}",
         found=found,
         expected=f"bucket {bucket or settings.store_bucket}",
         hint=hint,
+    )
+
+
+def _no_trust(settings: Settings, what: str, cause: Any) -> StoreFailed:
+    """Return the refusal for a store that answers, and whose certificate is not taken."""
+    # urllib3 wraps what `ssl` said, and that names no secret.
+    while isinstance(cause, Exception) and cause.args and isinstance(cause.args[0], Exception):
+        cause = cause.args[0]
+    found = getattr(cause, "verify_message", None) or getattr(cause, "reason", None) or str(cause)
+    authority = f"the authority in {settings.store_ca_file}" if settings.store_ca_file else "an authority of this host"
+    return StoreFailed(
+        f"cannot {what} at {settings.store_endpoint}: no trusted connection",
+        found=f"TLS: {found}",
+        expected=f"a certificate for this name, from {authority}, that holds by this host's clock "
+        f"({datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ})",
+        hint="compare the store's certificate (names, dates) with MOAT_STORE_ENDPOINT, MOAT_STORE_CA_FILE and this "
+        "host's clock, and correct the one that is wrong",
     )

@@ -54,9 +54,10 @@ class HostileStore:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), client:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.enter_context(client)
             if self._tls is not None:
-                client = self._tls.wrap_socket(client, server_side=True)
+                client = stack.enter_context(self._tls.wrap_socket(client, server_side=True))
             for line in _requests(client):
                 self.requests.append(line)
                 self.talk(client, line)

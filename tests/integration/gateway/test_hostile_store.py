@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.integration.gateway.hostilestore import HostileStore, answer
 from tests.integration.gateway.stores import Place, Refused
+
+from moat_gateway import tls
 
 Answers = Callable[[HostileStore, socket.socket], None]
 
@@ -148,6 +154,45 @@ def test_an_odd_answer_is_a_failure_of_the_store_and_no_defect(tmp_path: Path, p
         with pytest.raises(Refused) as refused:
             driver.ask("pointer")
         assert refused.value.error == "NoRevision"
+
+
+NOW = datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "other_authority", "found"),
+    [
+        ({"now": NOW - timedelta(days=60)}, False, "certificate has expired"),
+        # As it looks to a host whose clock is behind.
+        ({"now": NOW + timedelta(days=60)}, False, "certificate is not yet valid"),
+        ({"names": ["store.site"]}, False, "hostname '127.0.0.1' doesn't match"),
+        ({}, True, "unable to get local issuer certificate|self-signed certificate|signature failure"),
+    ],
+    ids=["expired", "a clock that is behind", "another name", "another authority"],
+)
+def test_a_certificate_that_is_not_taken_is_named_with_what_to_compare(
+    tmp_path: Path, python: Path, certificate: dict[str, Any], other_authority: bool, found: str
+) -> None:
+    pem, other = tmp_path / "pem", tmp_path / "other"
+    tls.self_signed(pem, **{"names": ["127.0.0.1"], "days": 30, **certificate})
+    tls.self_signed(other, ["127.0.0.1"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem / "cert.pem", pem / "key.pem")
+    ca = (other if other_authority else pem) / "ca.pem"
+    with (
+        HostileStore(lambda c, _line: c.sendall(NO_KEY), context) as store,
+        place_of(store, tmp_path / "p", python) as place,
+    ):
+        driver = place.driver(
+            MOAT_STORE_ENDPOINT=f"https://127.0.0.1:{store.port}", MOAT_STORE_CA_FILE=str(ca), MOAT_STORE_TIMEOUT="1"
+        )
+        with pytest.raises(Refused) as e:
+            driver.ask("pointer")
+        assert e.value.error == "StoreFailed"
+        assert re.search(f"found TLS: ({found})", e.value.text), e.value.text
+        for word in (str(ca), "MOAT_STORE_CA_FILE", "clock", f"{NOW:%Y-}"):
+            assert word in e.value.text
+        assert "start the store" not in e.value.text
 
 
 CLIENTS = """
