@@ -120,7 +120,6 @@ class ConfigSyncManager:
             follower.recover()
             adopt_loggers(log)
             reports = Reports(Path(settings.reports_dir))
-            reports.forget_earlier_boots()
             neighbours = Neighbours(self._node)
             uploader = Uploader(self._node, lambda: revstore.open_store(settings), neighbours, log)
             rolling = settings.restart_policy == "rolling"

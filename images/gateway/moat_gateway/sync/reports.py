@@ -31,6 +31,7 @@ from moat_gateway.sync.files import (
 
 BEAT = 2.0  # seconds between two reports without a change
 ALIVE = 3 * BEAT  # seconds after which a gateway that says nothing counts as gone
+FORGOTTEN = 3600.0  # seconds after which it is not spoken of any more: it was removed, and nobody waits for it
 CHECK_NOW = "check-now"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -189,10 +190,14 @@ class Reports:
         self._asked = now
         return asked
 
-    def forget_earlier_boots(self) -> None:
-        """Remove the reports of gateways that did not say anything since the machine was started."""
+    def forget_gone(self, now: float | None = None) -> None:
+        """Remove the reports of gateways that are silent for long, or since the machine was started.
+
+        One that was only stopped writes its report again when it is back. The argument is for tests.
+        """
         for name, report in self.read().items():
-            if report.boot_id != boot_id():
+            age = report.age(now)
+            if age is None or age > FORGOTTEN:
                 remove_report(self._folder, name)
 
 

@@ -170,6 +170,7 @@ class Teller:
     def tick(self) -> bool:
         """Do everything once; return whether a gateway asked for a check."""
         asked = self._reports.check_asked()
+        self._reports.forget_gone()
         reports = self._reports.read()
         revision = self._board.state.revision
         turn = self._turns.step(reports, revision, boottime(), boot_id(), self._neighbours.objection)

@@ -103,5 +103,17 @@ def test_a_check_is_asked_for_once_each_time(tmp_path: Path) -> None:
 def test_reports_of_an_earlier_boot_are_removed(tmp_path: Path) -> None:
     reports.write_report(tmp_path, WHOLE)
     reports.write_report(tmp_path, replace(WHOLE, name="old", boot_id="another"))
-    Reports(tmp_path).forget_earlier_boots()
+    Reports(tmp_path).forget_gone()
     assert [p.name for p in tmp_path.iterdir()] == ["gateway-1.json"]
+
+
+def test_reports_of_gateways_that_are_gone_for_good_are_removed(tmp_path: Path) -> None:
+    now = boottime()
+    reports.write_report(tmp_path, replace(WHOLE, beat_boottime=now))
+    reports.write_report(tmp_path, replace(WHOLE, name="removed", beat_boottime=now - 1))
+    reader = Reports(tmp_path)
+    reader.forget_gone(now + reports.FORGOTTEN - 1.5)
+    assert sorted(reader.read()) == ["gateway-1", "removed"]
+    reader.forget_gone(now + reports.FORGOTTEN - 0.5)
+    assert sorted(reader.read()) == ["gateway-1"]
+    assert not (tmp_path / "removed.json").exists()
