@@ -216,7 +216,8 @@ class S3Store:
         )
         if answer.status == 200:
             return revstore.parse_pointer(raw, str(answer.fields.get("ETag", "")), self.describe())
-        if answer.error is not None and not answer.status:
+        if answer.error is not None and (not answer.status or answer.status >= 500):
+            # A proxy's 504, or a store that failed after it had written, is no answer to the question either.
             return self._moved(pointer, etag, answer)
         # 404: a condition on an object that is gone.
         if answer.status in (409, 412) or answer.code == "NoSuchKey":
@@ -225,13 +226,13 @@ class S3Store:
         raise AssertionError("unreachable")
 
     def _moved(self, pointer: Pointer, etag: str | None, answer: _Answer) -> Pointer:
-        """The answer to a move was lost: look what became of it."""
+        """The answer to a move was lost, or is none: look what became of it."""
         try:
             now = self._now()
         except StoreFailed as e:
             raise StoreFailed(
-                f"whether revision {pointer.revision} is in force is not known: the connection broke while "
-                "the pointer was moved",
+                f"whether revision {pointer.revision} is in force is not known: no answer came, or that of a failure, "
+                "while the pointer was moved",
                 found=e.found,
                 expected=f"revision {pointer.revision}",
                 hint="look at `moat-gateway config status` when the store answers again; pushing again does no harm",

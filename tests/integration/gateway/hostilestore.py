@@ -31,6 +31,7 @@ class HostileStore:
     def __init__(self, talk: Talk, tls: ssl.SSLContext | None = None) -> None:
         self.access, self.secret = secrets.token_hex(8), secrets.token_hex(20)
         self.requests: list[bytes] = []
+        self.body = b""  # of the last request
         self.talk = talk
         self._tls = tls
         self._ended = False
@@ -58,7 +59,7 @@ class HostileStore:
             stack.enter_context(client)
             if self._tls is not None:
                 client = stack.enter_context(self._tls.wrap_socket(client, server_side=True))
-            for line in _requests(client):
+            for line, self.body in _requests(client):
                 self.requests.append(line)
                 self.talk(client, line)
 
@@ -76,8 +77,8 @@ def answer(status: str, body: bytes = b"", *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def _requests(client: socket.socket) -> Iterator[bytes]:
-    """Yield the first line of each request, its body read."""
+def _requests(client: socket.socket) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the first line and the body of each request."""
     stream = client.makefile("rb")
     while line := stream.readline():
         length = 0
@@ -86,5 +87,4 @@ def _requests(client: socket.socket) -> Iterator[bytes]:
                 length = int(header.partition(b":")[2])
             if header == b"expect: 100-continue":
                 client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        stream.read(length)
-        yield line.strip()
+        yield line.strip(), stream.read(length)

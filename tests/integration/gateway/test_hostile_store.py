@@ -19,6 +19,7 @@ from tests.integration.gateway.hostilestore import HostileStore, answer
 from tests.integration.gateway.stores import Place, Refused
 
 from moat_gateway import tls
+from moat_gateway.revstore import Pointer
 
 Answers = Callable[[HostileStore, socket.socket], None]
 
@@ -219,3 +220,60 @@ def test_a_client_that_nobody_uses_any_more_is_gone(tmp_path: Path, python: Path
         done = subprocess.run(argv, env=place.environment(), capture_output=True, text=True, timeout=120)
     # Twelve MB each: config-sync makes a new one whenever something unexpected happened.
     assert done.stdout.split() == ["0"], done.stderr
+
+
+# --- the last step of a push ---
+
+MOVE = """
+import sys
+from pathlib import Path
+from moat_gateway.errors import GatewayError
+from moat_gateway.revstore import Pointer
+from moat_gateway.s3store import S3Store
+from moat_gateway.settings import Settings
+folder = Path(sys.argv[1])
+settings = Settings(
+    store_endpoint=sys.argv[2], store_access_key_file=folder / "store_access_key",
+    store_secret_key_file=folder / "store_secret_key",
+)
+try:
+    print(S3Store(settings).move(Pointer(2, "revisions/2", "a" * 64, 10, "now", "me"), '"old"').revision)
+except GatewayError as e:
+    print(type(e).__name__, e.one_line())
+"""
+OLD = Pointer(1, "revisions/1", "b" * 64, 10, "before", "somebody")
+OTHER = Pointer(2, "revisions/2", "c" * 64, 10, "now", "somebody else")
+
+
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "503 Slow Down", "504 Gateway Time-out"])
+@pytest.mark.parametrize(
+    ("became", "said"),
+    [
+        ("moved", "^2$"),
+        ("stays", "^StoreFailed cannot move the pointer"),
+        ("other", "^PushConflict .*revision 2 by somebody else"),
+        ("silent", "^StoreFailed whether revision 2 is in force is not known"),
+    ],
+)
+def test_a_failure_of_the_store_at_the_last_step_is_looked_up(
+    tmp_path: Path, python: Path, status: str, became: str, said: str
+) -> None:
+    with HostileStore(lambda _c, _line: None) as store, place_of(store, tmp_path / "p", python) as place:
+        put: list[bytes] = []
+
+        def talk(client: socket.socket, line: bytes) -> None:
+            if line.startswith(b"PUT"):
+                put.append(store.body)
+                client.sendall(answer(status))
+            elif became == "silent":
+                client.sendall(answer(status))
+            elif became == "stays":
+                client.sendall(answer("200 OK", OLD.to_bytes()).replace(b"e1", b"old"))
+            else:
+                client.sendall(answer("200 OK", put[0] if became == "moved" else OTHER.to_bytes()))
+
+        store.talk = talk
+        argv = [str(python), "-c", MOVE, str(place.folder / "secrets"), f"127.0.0.1:{store.port}"]
+        done = subprocess.run(argv, env=place.environment(), capture_output=True, text=True, timeout=120)
+    assert re.search(said, done.stdout.strip()), done.stdout + done.stderr
+    assert len(put) == 1, "never written twice"
