@@ -16,6 +16,8 @@ from ansible.errors import AnsibleFilterError
 
 FIELDS = ("address", "port", "protocol", "name", "comment")
 PROTOCOLS = ("tcp", "udp")
+#: Where gateways, store and counters listen and are reached, if not under ``moat_address``.
+SERVICES = ("gateway_listen_address", "minio_address", "valkey_address")
 _COMMENT = re.compile(r"[^\"\\\x00-\x1f\x7f]{0,100}")
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
@@ -124,6 +126,25 @@ def ports(value: object, where: str) -> list[int]:
     return sorted({int(port) for port in value})
 
 
+def is_outside(value: object) -> bool:
+    """Say whether a value is one address by which a host is known to others: no name, no network, no loopback."""
+    try:
+        address = ipaddress.ip_address(str(value))
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_unspecified)
+
+
+def peers(hosts: Iterable[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the addresses that hosts are known to have: their own, and those of their services in other networks.
+
+    A packet comes from the address in the network that it is sent through, which may be any of them.
+    """
+    names = ("moat_address", *SERVICES)
+    found = [str(hostvars[h][n]) for h in hosts for n in names if is_outside(hostvars[h].get(n))]
+    return list(dict.fromkeys(found))
+
+
 def nodes(
     me: str,
     groups: Mapping[str, Iterable[str]],
@@ -135,32 +156,38 @@ def nodes(
 ) -> list[dict[str, Any]]:
     """Return what host ``me`` needs of the inventory's other hosts, as entries of an allow-list.
 
-    The edge reaches the gateways; gateways, store nodes and the edge's own services reach what they use; the control
-    host, if it is one of the hosts (``ansible_connection: local``), reaches the others by SSH.
+    The edge reaches the gateways; gateways, store nodes and the edge's own services reach what they use, each under the
+    address that the service has of its own, or else under the host's; the control host, if it is one of the hosts
+    (``ansible_connection: local``), reaches the others by SSH, under ``ansible_host`` where that is an address.
     """
 
     def members(group: str) -> list[str]:
         return list(groups.get(group, ()))
 
-    wanted: list[tuple[str, int, str]] = []
+    gateway, store, counters = SERVICES
+    wanted: list[tuple[str, str, int, str]] = []
     if me in members("moat_edge"):
-        wanted += [(h, p, "gateway on") for h in members("moat_gateways") for p in gateway_ports]
+        wanted += [(h, gateway, p, "gateway on") for h in members("moat_gateways") for p in gateway_ports]
     if me in members("moat_gateways"):
-        wanted += [(h, p, "store on") for h in members("moat_store") for p in store_ports]
-        wanted += [(h, p, "counters on") for h in members("moat_counters") for p in counters_ports]
+        wanted += [(h, store, p, "store on") for h in members("moat_store") for p in store_ports]
+        wanted += [(h, counters, p, "counters on") for h in members("moat_counters") for p in counters_ports]
     if me in members("moat_store"):
-        wanted += [(h, p, "store on") for h in members("moat_store") for p in store_ports]
+        wanted += [(h, store, p, "store on") for h in members("moat_store") for p in store_ports]
     if hostvars[me].get("ansible_connection") == "local":
         every = [h for g in ("moat_gateways", "moat_edge", "moat_store", "moat_counters") for h in members(g)]
-        wanted += [(h, p, "administration of") for h in dict.fromkeys(every) for p in ssh_ports]
+        wanted += [(h, "ansible_host", p, "administration of") for h in dict.fromkeys(every) for p in ssh_ports]
     done: dict[str, dict[str, Any]] = {}
-    for host, port, what in wanted:
+    for host, own, port, what in wanted:
         if host == me:
             continue
-        where = f"moat_address of host {host}"
-        address = hostvars[host].get("moat_address")
-        if ipaddress.ip_address(str(network(address, where).network_address)).is_loopback:
-            raise _refuse(where, f"host {me} cannot reach it under a loopback address", address, "its site address")
+        # Ansible's own may be a name, which nothing here looks up, or the near end of a tunnel.
+        usable = own != "ansible_host" or is_outside(hostvars[host].get(own))
+        variable = own if hostvars[host].get(own) and usable else "moat_address"
+        where, address = f"{variable} of host {host}", hostvars[host].get(variable)
+        first = ipaddress.ip_address(str(network(address, where).network_address))
+        if first.is_loopback or first.is_unspecified:
+            kind = "a loopback address" if first.is_loopback else "an address that means all of its own"
+            raise _refuse(where, f"host {me} cannot reach it under {kind}", address, "its site address")
         one = entry({"address": address, "port": port, "comment": f"{what} {host}"}, where)
         done.setdefault(one["counter"], one)
     return list(done.values())
@@ -201,6 +228,7 @@ class FilterModule:
             "moat_egress_addresses": addresses,
             "moat_egress_ports": ports,
             "moat_egress_nodes": nodes,
+            "moat_egress_peers": peers,
             "moat_egress_joined": joined,
             "moat_egress_gateway_allow": gateway_allow,
         }

@@ -91,6 +91,32 @@ def test_the_control_host_among_the_nodes_reaches_the_others_by_ssh() -> None:
     assert ("192.0.2.11", 22) not in nodes("node1", local, GROUPS)
 
 
+def test_a_service_with_an_address_of_its_own_is_reached_there() -> None:
+    own = {
+        "node1": {**THREE["node1"], "valkey_address": "198.51.100.11", "ansible_connection": "local"},
+        "node2": {**THREE["node2"], "gateway_listen_address": "198.51.100.12", "ansible_host": "203.0.113.12"},
+        "node3": {**THREE["node3"], "minio_address": "2001:db8::13", "ansible_host": "node3.site.example"},
+    }
+    assert nodes("node2", own, GROUPS) == [("2001:db8::13", 9000), ("198.51.100.11", 6379)]
+    assert nodes("node1", own, GROUPS) == [
+        ("198.51.100.12", 4001), ("198.51.100.12", 4002), ("192.0.2.13", 4001), ("192.0.2.13", 4002),
+        ("2001:db8::13", 9000),
+        # By SSH under Ansible's address; a name is not looked up.
+        ("203.0.113.12", 22), ("192.0.2.13", 22),
+    ]  # fmt: skip
+    for wrong in ("127.0.0.1", "0.0.0.0"):  # noqa: S104
+        lost = {**own, "node3": {**own["node3"], "minio_address": wrong}}
+        with pytest.raises(AnsibleFilterError, match="minio_address of host node3: host node2 cannot reach it"):
+            nodes("node2", lost, GROUPS)
+
+
+def test_the_units_let_in_every_address_that_a_peer_is_known_to_have() -> None:
+    own = {**THREE, "node2": {**THREE["node2"], "gateway_listen_address": "198.51.100.12", "valkey_address": "::1"}}
+    assert FILTERS.peers(["node1", "node2", "node1"], own) == ["192.0.2.11", "192.0.2.12", "198.51.100.12"]
+    one = {"localhost": {"moat_address": "127.0.0.1", "gateway_listen_address": "0.0.0.0"}}  # noqa: S104
+    assert FILTERS.peers(["localhost"], one) == []
+
+
 def test_what_is_listed_and_computed_is_set_once_and_the_loopback_not_at_all() -> None:
     listed = FILTERS.entries([{"address": "192.0.2.13", "port": 9000}, {"address": "127.0.0.1", "port": 8081}])
     computed = FILTERS.nodes("node2", GROUPS, THREE, [4001], [9000], [6379], [22])
