@@ -13,7 +13,6 @@ import hashlib
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,13 +122,14 @@ class DirectoryStore:
             _replace(folder, f"{node}.json", raw, sync=False)
 
     def reports(self) -> Mapping[str, NodeReport]:
-        """See :class:`revstore.Store`; the age is by the clock of this host."""
+        """See :class:`revstore.Store`; the age is by the clock that dates the folder's files, maybe another host's."""
         found: dict[str, NodeReport] = {}
         with self._open() as top, self._below(top, _NODES) as folder:
-            for name in _names(folder):
-                node = revstore.node_of(name)
-                if node is None or folder is None:
-                    continue
+            names = [(node, name) for name in _names(folder) if (node := revstore.node_of(name)) is not None]
+            if folder is None or not names:
+                return found
+            now = _time_of(folder)
+            for node, name in names:
                 # Another node may take its report away, or lay something else there: that is no fault of the others.
                 with suppress(FileNotFoundError):
                     state = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -138,7 +138,8 @@ class DirectoryStore:
                     except (BadRevision, PermissionError):
                         raw = revstore.UNREADABLE
                     if raw is not None:
-                        found[node] = NodeReport(raw, max(0.0, time.time() - state.st_mtime))
+                        age = None if now is None else max(0.0, now - state.st_mtime)
+                        found[node] = NodeReport(raw, age)
         return found
 
     def forget(self, node: str) -> bool:
@@ -249,6 +250,24 @@ def _exists(folder: int, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _time_of(folder: int) -> float | None:
+    """Return the time by which a folder's files are dated, seconds since 1970; ``None`` if it cannot be written."""
+    temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+        try:
+            os.write(fd, b"\n")
+            # A share's server dates what it was sent.
+            os.fsync(fd)
+            return os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+    except OSError:
+        return None
 
 
 def _replace(folder: int, name: str, raw: bytes, *, sync: bool = True) -> None:

@@ -65,8 +65,8 @@ class Node:
 
     Attributes:
         name: its name.
-        age: seconds since its report.
-        alive: it reports.
+        age: seconds since its report, or ``None`` if its source cannot tell.
+        alive: it reports, as far as can be told.
         revision: what it accepted, or ``None``.
         pointer: what it saw at the source, or ``None``.
         reachable: it reaches its source; ``None`` if it does not know.
@@ -78,7 +78,7 @@ class Node:
     """
 
     name: str
-    age: float
+    age: float | None
     alive: bool
     revision: int | None
     pointer: int | None
@@ -208,9 +208,9 @@ def _silence(node: Node) -> str:
     )
 
 
-def _node(name: str, value: Mapping[str, Any], age: float) -> tuple[Node, tuple[Gateway, ...]]:
+def _node(name: str, value: Mapping[str, Any], age: float | None) -> tuple[Node, tuple[Gateway, ...]]:
     sync = value["sync"]
-    alive, age = age <= NODE_SILENT, round(age, 3)
+    alive, age = age is None or age <= NODE_SILENT, None if age is None else round(age, 3)
     gateways = tuple(sorted((_gateway(name, g, age, alive) for g in value["gateways"]), key=lambda g: g.name))
     if sync is None:
         none = ("config-sync does not run here",)
@@ -232,9 +232,9 @@ def _node(name: str, value: Mapping[str, Any], age: float) -> tuple[Node, tuple[
     return node, gateways
 
 
-def _gateway(node: str, value: Mapping[str, Any], node_age: float, node_alive: bool) -> Gateway:
+def _gateway(node: str, value: Mapping[str, Any], node_age: float | None, node_alive: bool) -> Gateway:
     quiet = None if value["age"] is None else seconds(value["age"])
-    age = None if quiet is None else round(quiet + node_age, 3)
+    age = None if quiet is None else round(quiet + (node_age or 0.0), 3)
     return Gateway(
         name=_line(value["name"]),
         node=node,

@@ -40,6 +40,9 @@ def notes(state: Fleet) -> list[str]:
         if n.last_refused is not None:
             out.append(f"{n.name}: refused revision {n.last_refused.get('revision')}: {n.last_refused.get('reason')}")
         out += [f"{n.name}: {d}" for d in n.degraded]
+    unknown = [n.name for n in state.nodes if n.age is None]
+    if unknown:
+        out.append(f"how old these reports are is not known, as their folder cannot be written: {', '.join(unknown)}")
     return out
 
 

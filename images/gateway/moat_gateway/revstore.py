@@ -92,10 +92,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node wrote, and how long ago (seconds) by the clock of the store itself."""
+    """What a node wrote, and how long ago (seconds) by the clock of the store itself; ``None`` if nobody knows."""
 
     raw: bytes = field(repr=False)
-    age: float
+    age: float | None
 
 
 class Source(Protocol):

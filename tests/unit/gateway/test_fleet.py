@@ -33,7 +33,7 @@ def gateway(name: str = "gateway-1", revision: int = 7, **more: Any) -> dict[str
     return {**made.to_dict(), "age": 0.5, **more}
 
 
-def report(*gateways: dict[str, Any], age: float = 1.0, **more: Any) -> NodeReport:
+def report(*gateways: dict[str, Any], age: float | None = 1.0, **more: Any) -> NodeReport:
     source = nodefolder.SourceState("s3", "bucket b at s", reachable=True)
     state = nodefolder.SyncState("n1", 5, "b", 1.0, "x", source, 1.0, pointer=7, revision=7)
     value = {"format": 1, "node": "n1", "sync": {**state.to_dict(), **more}, "gateways": list(gateways)}
@@ -87,6 +87,14 @@ def test_who_does_not_serve_it_is_named_with_the_reason(
     found = lag(gateway(**what), **node)
     assert [k for k, _ in found] == [kind]
     assert why in found[0][1]
+
+
+def test_a_report_of_unknown_age_is_shown_and_said() -> None:
+    found = fleet.from_reports({"n1": report(gateway(), gateway("g2", 6), age=None)})
+    assert (found.nodes[0].age, found.nodes[0].alive) == (None, True)
+    assert [x.kind for x in fleet.lagging(found, 7, SHA)] == ["behind"]
+    [note] = fleetview.notes(found)
+    assert note == "how old these reports are is not known, as their folder cannot be written: n1"
 
 
 def test_a_node_without_gateways_lags_only_when_it_is_silent() -> None:

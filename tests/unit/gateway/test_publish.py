@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,42 @@ def test_what_is_no_report_in_a_folder_is_named_and_stops_nobody(site: Site, tmp
     assert bad == ["folder", "large", "link", "pipe"]
     assert site.store.forget("link")
     assert site.store.forget("pipe")
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_ages_are_by_the_folder_s_own_clock(site: Site, monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
+    # A share: the files are dated by its server, whose clock is not ours.
+    site.report("pc1", 1)
+    site.report("pc2", 1)
+    path = site.folder / "nodes" / "pc1.json"
+    os.utime(path, times=(0, path.stat().st_mtime - 100))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    ages = {name: report.age for name, report in site.store.reports().items()}
+    assert ages["pc1"] is not None
+    assert ages["pc2"] is not None
+    assert 100 <= ages["pc1"] < 130
+    assert 0 <= ages["pc2"] < 30
+    assert sorted(p.name for p in (site.folder / "nodes").iterdir()) == ["pc1.json", "pc2.json"], "nothing is left"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_ages_in_a_folder_that_cannot_be_written_are_not_known(site: Site) -> None:
+    site.report("pc1", 1)
+    (site.folder / "nodes").chmod(0o500)
+    try:
+        assert site.store.reports()["pc1"].age is None
+    finally:
+        (site.folder / "nodes").chmod(0o700)
+
+
+def test_ages_on_a_full_disk_are_not_known(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.report("pc1", 1)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    assert site.store.reports()["pc1"].age is None
+    monkeypatch.undo()
+    assert [p.name for p in (site.folder / "nodes").iterdir()] == ["pc1.json"]

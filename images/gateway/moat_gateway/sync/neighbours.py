@@ -74,7 +74,7 @@ class Neighbours:
         """Take the reports of all nodes."""
         others = {}
         for name, report in reports.items():
-            if name == self._node or report.age > _FRESH:
+            if name == self._node or report.age is None or report.age > _FRESH:
                 continue
             try:
                 value = json.loads(report.raw)

@@ -27,7 +27,7 @@ def gateway(name: str = "g1", **values: Any) -> dict[str, Any]:
     return {"name": name, "age": 1.0, "ready": True, "draining": False, "needs_restart": [], **values}
 
 
-def report(*gateways: Mapping[str, Any], turn: Any = None, rolling: bool = True, age: float = 1.0) -> NodeReport:
+def report(*gateways: Mapping[str, Any], turn: Any = None, rolling: bool = True, age: float | None = 1.0) -> NodeReport:
     value = {"format": 1, "node": "x", "rolling": rolling, "sync": {"turn": turn}, "gateways": list(gateways)}
     return NodeReport(json.dumps(value).encode(), age)
 
@@ -65,6 +65,7 @@ WAITS: dict[str, Any] = {"needs_restart": ["callbacks"]}
         ({"n3": report(gateway("g2", age=500.0))}, None),  # removed long ago
         ({"n3": report(gateway("g2", age=None))}, None),  # of an earlier boot
         ({"n1": report(gateway(**WAITS), age=31.0)}, None),  # the node is gone
+        ({"n1": report(gateway(**WAITS), age=None)}, None),  # on a drive that was carried here
         ({"n1": NodeReport(b"nonsense", 1.0), "n3": NodeReport(b"{}", 1.0), "n4": NodeReport(b"[]", 1.0)}, None),
     ],
     ids=itertools.count(),
