@@ -98,6 +98,16 @@ def test_and_back(node) -> None:
     assert node.run("test", "-e", "/etc/moat/site/rollback.begun").returncode != 0
 
 
+def test_the_store_stays_at_the_newer_release(node) -> None:
+    """What it has written there is not for an older one; a later run of the site does not bring it back either."""
+    assert _version(node, "/opt/moat/minio") == "0.9.1"
+    pid = node.pid("minio.service")
+    said = node.ok("moat-site", "site", "--tags", "minio")
+    assert "The store goes on with 0.9.1-" in said
+    assert _version(node, "/opt/moat/minio") == "0.9.1"
+    assert node.pid("minio.service") == pid
+
+
 def test_an_upgrade_is_killed_in_the_middle(node) -> None:
     """At the worst moment: one gateway is moved to a release that does not start. The next test goes on from here."""
     before = _runs(node)
