@@ -79,15 +79,23 @@ not_after: {description: When it ends (UTC)., type: str, returned: always}
 """
 
 _HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+#: No certificate counts longer than the authority that signed it, and every client has to be given another one in time.
+WARN_DAYS = 365
+#: In this order: before the new authority is there, the ended one is refused by every run that needs it.
+RENEW = (
+    "moat-site rotate_secrets -e rotate=authority, give every client the new ca.pem, then moat-site rotate_secrets -e "
+    "rotate=certificates"
+)
 _FILE = re.compile(r"([a-z]+/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was done: why (empty for nothing), and until when the certificate counts."""
+    """What was done: why (empty for nothing), until when the certificate counts, and what the operator should know."""
 
     reason: str
     not_after: datetime
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,10 @@ def authority(folder: Path, state: str, now: datetime, dry: bool) -> Result:
         return Result("the one before is dropped" if len(chain) > 1 else "", chain[0].not_valid_after_utc)
     if there and state == "authority":
         mine = read_authority(folder)
-        if mine.cert.not_valid_after_utc <= now:
-            raise Refused(f"the authority {path} has ended. Do: run rotate_secrets.yml -e rotate=certificates")
-        return Result("", mine.cert.not_valid_after_utc)
+        end = mine.cert.not_valid_after_utc
+        if end <= now:
+            raise Refused(f"the authority {path} has ended on {end:%Y-%m-%d}. Do: {RENEW}")
+        return Result("", end, warning(path, end, now))
     if path.exists() and not there:
         raise Refused(
             f"{folder / 'ca.key'} is missing beside ca.pem. Do: restore it from the backup of the site directory; or "
@@ -145,6 +154,15 @@ def authority(folder: Path, state: str, now: datetime, dry: bool) -> Result:
     return Result(reason, end)
 
 
+def warning(path: Path, end: datetime, now: datetime) -> str:
+    """Return what to say of an authority that ends within the year, while there is time to bring clients the next one."""
+    days = (end - now).days
+    if days >= WARN_DAYS:
+        return ""
+    ends = f"ends in {days} days, on {end:%Y-%m-%d}"
+    return f"the site's authority {path} {ends}, and every certificate with it. Do: {RENEW}"
+
+
 def read_authority(folder: Path) -> Authority:
     """Read ca.pem and ca.key.
 
@@ -172,12 +190,13 @@ def signed(
     if dry and not (folder / "ca.pem").exists():
         return Result("there was none", now + timedelta(days=days))
     mine = read_authority(folder)
-    reason, end = why(folder, name, wanted, renew, mine.chain, now)
+    latest = min(now + timedelta(days=days), mine.cert.not_valid_after_utc)
+    reason, end = why(folder, name, wanted, renew, mine.chain, now, latest)
     if force and not reason:
         reason = "it was asked for"
     if not reason:
         return Result("", end)
-    end = min(now + timedelta(days=days), mine.cert.not_valid_after_utc)
+    end = latest
     if dry:
         return Result(reason, end)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -200,8 +219,12 @@ def why(
     renew: int,
     trusted: Sequence[x509.Certificate],
     now: datetime,
+    latest: datetime,
 ) -> tuple[str, datetime]:
-    """Return why a certificate has to be made (empty if it need not) and when the present one ends."""
+    """Return why a certificate has to be made (empty if it need not) and when the present one ends.
+
+    ``latest`` is when a new one would end: with the authority at the latest, and then a new one is no better.
+    """
     try:
         cert = x509.load_pem_x509_certificate((folder / f"{name}.pem").read_bytes())
         key = serialization.load_pem_private_key((folder / f"{name}.key").read_bytes(), None)
@@ -217,7 +240,7 @@ def why(
         return "another authority signed it", end
     if set(cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) != set(wanted):
         return "its names were others", end
-    if end - now < timedelta(days=renew):
+    if end - now < timedelta(days=renew) and latest > end:
         return "it ends soon", end
     return "", end
 
@@ -396,6 +419,8 @@ def main() -> None:
     except OSError as e:
         module.fail_json(msg=f"{e.filename} cannot be used: {e.strerror}. Do: make room or run as root, then again")
     else:
+        if result.warning:
+            module.warn(result.warning)
         module.exit_json(
             changed=bool(result.reason), reason=result.reason, not_after=f"{result.not_after:%Y-%m-%dT%H:%M:%SZ}"
         )

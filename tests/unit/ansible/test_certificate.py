@@ -6,6 +6,7 @@ The clock is a parameter: renewal is proven at the very day.
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import ssl
@@ -143,9 +144,34 @@ def test_a_lost_key_of_the_authority_is_said_and_nothing_is_made(pki: Path) -> N
     assert (pki / "ca.pem").read_bytes() == before
 
 
-def test_an_authority_that_has_ended_is_said(pki: Path) -> None:
-    with pytest.raises(CERT.Refused, match="has ended"):
-        CERT.authority(pki, "authority", NOW + timedelta(days=3651), False)
+def test_an_authority_that_has_ended_is_said_and_what_is_said_helps(pki: Path) -> None:
+    sign(pki)
+    later = NOW + timedelta(days=3651)
+    with pytest.raises(CERT.Refused, match="has ended") as refused:
+        CERT.authority(pki, "authority", later, False)
+    steps = re.findall(r"-e rotate=(\w+)", str(refused.value))
+    assert steps == ["authority", "certificates"]
+    # Those plays, in that order: what each does with the authority, and then the certificates.
+    assert CERT.authority(pki, "authority_rotated", later, False).reason == "it is replaced"
+    assert CERT.authority(pki, "authority", later, False).reason == ""
+    assert sign(pki, now=later, force=True) == "it ends soon"  # it has ended
+    assert CERT.authority(pki, "authority_settled", later, False).reason == "the one before is dropped"
+    assert sign(pki, now=later) == ""
+
+
+def test_the_end_of_the_authority_is_told_a_year_before(pki: Path) -> None:
+    assert CERT.authority(pki, "authority", NOW + timedelta(days=3285), False).warning == ""
+    said = CERT.authority(pki, "authority", NOW + timedelta(days=3286), False).warning
+    assert "ends in 364 days" in said
+    assert "Do: moat-site rotate_secrets -e rotate=authority, give every client the new ca.pem" in said
+
+
+def test_a_certificate_that_ends_with_its_authority_is_not_made_again_by_every_run(pki: Path) -> None:
+    sign(pki)
+    # It is renewed for the last time, then counts until the authority does.
+    assert sign(pki, now=NOW + timedelta(days=3630)) == "it ends soon"
+    assert sign(pki, now=NOW + timedelta(days=3631)) == ""
+    assert sign(pki, now=NOW + timedelta(days=3649)) == ""
 
 
 def test_the_operators_own_pair_is_checked_and_taken(pki: Path, tmp_path: Path) -> None:
