@@ -134,6 +134,16 @@ def test_every_layer_caught_its_control_and_none_is_passed_over(default: Run) ->
     assert layers["syscalls"] in ((True, True), (False, None))
 
 
+def test_the_report_says_what_it_is_about(default: Run, stack: Stack) -> None:
+    subject = default.report["subject"]
+    assert subject["image of gateway-1"] == stack.inspect("gateway-1")["Image"]
+    assert subject["compose.yaml"].startswith("sha256 ")
+    for gateway in ("gateway-1", "gateway-2"):
+        assert subject[f"configuration of {gateway}"].startswith(("revision ", "local files, ")), subject
+    assert default.report["verdict"]["word"] == "PASS"
+    assert any("The watching ended 2 seconds after" in m for m in default.report["verdict"]["mind"])
+
+
 def test_every_kind_of_request_was_made(default: Run) -> None:
     requests = {r["kind"]: r for r in default.report["requests"]}
     for kind in ("models", "chat", "stream", "chat at gateway-1", "chat at gateway-2", "metrics of gateway-2"):

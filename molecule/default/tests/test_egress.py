@@ -77,6 +77,8 @@ def test_nothing_tries_to_leave_and_every_control_is_caught(node) -> None:
     for name in ("packets", "dns", "syscalls"):
         assert layers[name]["available"], layers[name]["why"]
         assert layers[name]["control_caught"], layers[name]["why"]
+    assert f"releases/{report['subject']['release']}" in node.ok("readlink", "/opt/moat/current")
+    assert {"manifest", "packet filter's rules", "configuration of gateway-1"} <= report["subject"].keys()
     kept = node.ok("ls", report["folder"]).split()
     assert any(name.endswith(".json") for name in kept)
     assert any(name.endswith(".html") for name in kept)
