@@ -7,7 +7,8 @@ key is ever an argument of a program. The choices are those of ``moat-gateway tl
 deployment): ECDSA P-256, both key identifiers, names as alternative names. Other than there the authority's key is
 kept, in ``ca.key`` on the control host alone: further hosts and renewals must not make every client trust anew.
 
-``ca.pem`` begins with the authority that signs now; while one is being replaced the one before follows it.
+``ca.pem`` begins with the authority that signs now; while one is being replaced the one before follows it. It is never
+absent: what it becomes lies beside it until the new key is in place.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ not_after: {description: When it ends (UTC)., type: str, returned: always}
 """
 
 _HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+#: What ca.pem becomes, as long as the key that belongs to it is being put in place.
+NEXT = "ca.pem.next"
 #: No certificate counts longer than the authority that signed it, and every client has to be given another one in time.
 WARN_DAYS = 365
 #: In this order: before the new authority is there, the ended one is refused by every run that needs it.
@@ -113,6 +116,8 @@ class Authority:
 def authority(folder: Path, state: str, now: datetime, dry: bool) -> Result:
     """Make, replace or settle the authority."""
     path = folder / "ca.pem"
+    if not dry:
+        finish(folder)
     there = path.exists() and (folder / "ca.key").exists()
     if state == "authority_settled":
         chain = x509.load_pem_x509_certificates(path.read_bytes())
@@ -146,16 +151,33 @@ def authority(folder: Path, state: str, now: datetime, dry: bool) -> Result:
         .sign(key, hashes.SHA256())
     )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # The key first: ca.pem without its key is refused above, a key without ca.pem is made again.
-    if there:
-        path.unlink()
+    # Cut short before the key is there, the authority before goes on; after that, the next run has all that is missing.
+    write(folder / NEXT, pem([cert, *before]), 0o644)
     write(folder / "ca.key", private(key), 0o600)
-    write(path, pem([cert, *before]), 0o644)
+    finish(folder)
     return Result(reason, end)
 
 
+def begun(folder: Path) -> bool:
+    """Say whether the key of the next authority is in place already, and ca.pem is still to be replaced."""
+    try:
+        chain = x509.load_pem_x509_certificates((folder / NEXT).read_bytes())
+        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    except (OSError, ValueError, TypeError):
+        return False
+    return public(key) == public_of(chain[0])
+
+
+def finish(folder: Path) -> None:
+    """Put the next authority in place if its key is, or forget it: the one before still has its own."""
+    if begun(folder):
+        (folder / NEXT).replace(folder / "ca.pem")
+    else:
+        (folder / NEXT).unlink(missing_ok=True)
+
+
 def warning(path: Path, end: datetime, now: datetime) -> str:
-    """Return what to say of an authority that ends within the year, while there is time to bring clients the next one."""
+    """Return what to say of an authority that ends within the year: time to bring the next one to every client."""
     days = (end - now).days
     if days >= WARN_DAYS:
         return ""
@@ -169,8 +191,9 @@ def read_authority(folder: Path) -> Authority:
     Raises:
         Refused: one cannot be read, or they do not belong together.
     """
+    name = NEXT if begun(folder) else "ca.pem"  # in check mode nothing is finished
     try:
-        chain = tuple(x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes()))
+        chain = tuple(x509.load_pem_x509_certificates((folder / name).read_bytes()))
         key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
     except (OSError, ValueError, TypeError) as e:
         raise Refused(f"the authority in {folder} cannot be read: {e}. Do: restore it from the backup") from e

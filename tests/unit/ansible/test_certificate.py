@@ -136,6 +136,50 @@ def test_an_authority_is_replaced_without_a_moment_in_which_clients_fail(pki: Pa
     assert sign(pki) == ""
 
 
+@pytest.mark.parametrize("cut", ["ca.pem.next", "ca.key", "finish"])
+@pytest.mark.parametrize("first", [True, False], ids=["the first authority", "another authority"])
+def test_a_replacement_that_is_cut_short_at_any_point_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str, first: bool
+) -> None:
+    """The power goes right before a file is written; the next run has both authorities, whichever the point."""
+    pki = tmp_path / "pki"
+    if not first:
+        CERT.authority(pki, "authority", NOW, False)
+        sign(pki)
+    old = (pki / "ca.pem").read_bytes() if not first else b""
+    real, finish, state = CERT.write, CERT.finish, "authority" if first else "authority_rotated"
+    calls = 0
+
+    def write(path: Path, data: bytes, mode: int) -> None:
+        if path.name == cut:
+            raise KeyboardInterrupt
+        real(path, data, mode)
+
+    def finishing(folder: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if cut == "finish" and calls == 2:
+            raise KeyboardInterrupt
+        finish(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CERT, "write", write)
+        patched.setattr(CERT, "finish", finishing)
+        with pytest.raises(KeyboardInterrupt):
+            CERT.authority(pki, state, NOW, False)
+    if not first:
+        # Clients, and runs that only look, find an authority all the time.
+        assert (pki / "ca.pem").read_bytes() == old
+        assert sign(pki, dry=True) == ""
+    CERT.authority(pki, state, NOW, False)
+    chain = (pki / "ca.pem").read_bytes()
+    assert chain.count(b"BEGIN") == (1 if first else 2)
+    assert chain.endswith(old)
+    assert not (pki / "ca.pem.next").exists()
+    sign(pki, force=True)
+    handshake(pki, "node1", "localhost", chain)
+
+
 def test_a_lost_key_of_the_authority_is_said_and_nothing_is_made(pki: Path) -> None:
     (pki / "ca.key").unlink()
     before = (pki / "ca.pem").read_bytes()
