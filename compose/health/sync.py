@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+TOLD_SECONDS = 10.0  # the file is written every two seconds by a thread of its own
 MOST_SECONDS = 15.0  # an answer is asked for several times a second, unless reload_interval is long
 
 
@@ -21,6 +22,9 @@ def check(path: str, most: float, now: float, boot_id: str) -> tuple[bool, str]:
         revision, source = state["revision"], state["source"]
         moment, boot = state["checked_boottime"], state["boot_id"]
         most = max(most, 3 * float(state.get("interval", 0)))
+        trial, told = state.get("trial"), state.get("told_boottime")
+        trying = f"trying revision {trial['revision']} for {now - trial['since_boottime']:.0f} s" if trial else ""
+        busy = bool(trying) and told is not None and 0 <= now - told <= TOLD_SECONDS
         where, why = str(source.get("where", "the source")), str(source.get("why") or "no answer yet")
     except FileNotFoundError:
         return False, f"unhealthy: {path} is not there: config-sync has not begun"
@@ -30,6 +34,9 @@ def check(path: str, most: float, now: float, boot_id: str) -> tuple[bool, str]:
         return False, f"unhealthy: no answer of {where} since the start: {_short(why)}"
     age = now - float(moment)
     serving = f"revision {revision}" if revision else "no revision yet"
+    if busy:
+        # A dry run may take minutes where so it is set; the source is asked again after it.
+        return True, f"healthy: {trying}; {serving}"
     if not 0 <= age <= most:
         return False, f"unhealthy: no answer of {where} for {age:.0f} s ({_short(why)}); {serving}"
     return True, f"healthy: {where} answered {age:.1f} s ago; {serving}"

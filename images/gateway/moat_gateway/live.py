@@ -97,6 +97,10 @@ class Situation:
         out = list(self.passed_over)
         if self.follows and self.sync is None:
             out.append("config-sync: it has never run on this node, or its note cannot be read")
+        elif self.sync is not None and (trying := self.sync.trying()) is not None:
+            # The source is not asked meanwhile, and has answered before it: nothing is lost.
+            if self.staleness() > settings.stale_after:
+                out.append(f"config-sync: has been trying revision {trying[0]} for {trying[1]:.0f} s")
         elif self.staleness() > settings.stale_after:
             why = self.sync.source.why if self.sync is not None else None
             out.append(

@@ -49,6 +49,16 @@ def test_a_long_interval_is_allowed_for(tmp_path: Path) -> None:
     assert ask(tmp_path, json.dumps(state(200, interval=60)))[0] == 1
 
 
+def test_a_long_trial_is_no_lost_source(tmp_path: Path) -> None:
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    trial = {"trial": {"revision": 8, "since_boottime": now - 90}}
+    code, line = ask(tmp_path, json.dumps(state(90, **trial, told_boottime=now - 1)))
+    assert (code, line) == (0, "healthy: trying revision 8 for 90 s; revision 7\n")
+    # Nobody tries anything where nobody writes the file.
+    assert "no answer of minio:9000 for" in unhealthy(tmp_path, json.dumps(state(90, **trial, told_boottime=now - 30)))
+    assert "cannot be read" in unhealthy(tmp_path, json.dumps(state(90, trial=7, told_boottime=now)))
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

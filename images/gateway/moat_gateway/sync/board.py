@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moat_gateway.sync.files import boot_id, boottime, timestamp
-from moat_gateway.sync.nodefolder import LastRefused, SourceState, SyncState, Turn
+from moat_gateway.sync.nodefolder import LastRefused, SourceState, SyncState, Trial, Turn
 
 
 class Board:
@@ -67,6 +67,10 @@ class Board:
                 refused_total=self._state.refused_total + 1,
             )
             return True
+
+    def trying(self, revision: int | None) -> None:
+        """Note the revision that is fetched and tried from now on; ``None``: no more."""
+        self._change(trial=None if revision is None else Trial(revision, boottime()))
 
     def turn(self, turn: Turn | None) -> None:
         """Note whose turn it is to restart."""

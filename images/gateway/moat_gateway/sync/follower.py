@@ -302,6 +302,7 @@ class Follower:
             if self._known(pointer):
                 return
             fetching = True
+            self._board.trying(pointer.revision)
             raw = self._source.fetch(pointer, settings.revision_max * _MIB)
             fetching = False
             self._take(pointer, raw, begun)
@@ -313,6 +314,8 @@ class Follower:
         except Exception as e:
             self._defect(e)
             problems = [e]
+        finally:
+            self._board.trying(None)
         how = plan(problems, fetching=fetching, secrets_dir=settings.secrets_dir, site_keys_dir=settings.site_keys_dir)
         self._refuse(pointer.revision, problems, how)
         if how.first is None and not how.folders:

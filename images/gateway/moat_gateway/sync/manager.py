@@ -246,6 +246,8 @@ def _status(state: SyncState) -> str:
     parts = [f"revision {state.revision}" if state.revision is not None else "no revision yet"]
     if state.last_refused is not None:
         parts.append(f"revision {state.last_refused.revision or '?'} refused ({state.last_refused.kind})")
+    if state.trial is not None:
+        parts.append(f"trying revision {state.trial.revision}")
     if state.source.reachable is False:
         parts.append("source lost")
     return ", ".join(parts)

@@ -31,6 +31,7 @@ from moat_gateway.sync.files import (
 
 CURRENT = "current.json"
 SYNC = "sync.json"
+SILENT = 10.0  # seconds without a new `sync.json`, which is promised every 2, after which config-sync is not there
 REVISIONS = "revisions"
 PREPARED = "prepared.json"
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
@@ -203,6 +204,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A revision that is fetched, checked and tried just now; the source is not asked meanwhile.
+
+    Attributes:
+        revision: its number.
+        since_boottime: when that began (s, :func:`~moat_gateway.sync.files.boottime`).
+    """
+
+    revision: int
+    since_boottime: float
+
+
+@dataclass(frozen=True)
 class SyncState:
     """``sync.json``: how config-sync is.
 
@@ -220,6 +234,8 @@ class SyncState:
         refused_total: refusals since config-sync was started.
         turn: whose turn it is to restart, or ``None``.
         degraded: what a person should know, one line each.
+        trial: what is tried just now, or ``None``.
+        told_boottime: when this was written; ``None`` before.
     """
 
     node: str
@@ -235,6 +251,20 @@ class SyncState:
     refused_total: int = 0
     turn: Turn | None = None
     degraded: tuple[str, ...] = ()
+    trial: Trial | None = None
+    told_boottime: float | None = None
+
+    def trying(self, now: float | None = None, boot: str | None = None) -> tuple[int, float] | None:
+        """Return which revision is tried and since how many seconds, or ``None``.
+
+        A config-sync that has not told anything for a while tries nothing any more. The arguments are for tests.
+        """
+        now = boottime() if now is None else now
+        if self.trial is None or self.told_boottime is None or self.boot_id != (boot_id() if boot is None else boot):
+            return None
+        if now - self.told_boottime > SILENT:
+            return None
+        return self.trial.revision, max(0.0, now - self.trial.since_boottime)
 
     def staleness(self, now: float | None = None, boot: str | None = None) -> float:
         """Return the seconds since the source last answered.
@@ -265,6 +295,8 @@ class SyncState:
             "refused_total": self.refused_total,
             "turn": dict(vars(turn)) if turn else None,
             "degraded": list(self.degraded),
+            "trial": dict(vars(self.trial)) if self.trial else None,
+            "told_boottime": self.told_boottime,
         }
 
 
@@ -279,7 +311,7 @@ def read_sync(sync_dir: Path) -> SyncState | None:
 
 def _sync_state(value: Mapping[str, Any]) -> SyncState:
     source, refused, turn = value["source"], value["last_refused"], value["turn"]
-    checked = value["checked_boottime"]
+    checked, told, trial = value["checked_boottime"], value.get("told_boottime"), value.get("trial")
     return SyncState(
         node=str(value["node"]),
         pid=whole(value["pid"]),
@@ -303,6 +335,8 @@ def _sync_state(value: Mapping[str, Any]) -> SyncState:
         refused_total=whole(value["refused_total"]),
         turn=None if turn is None else Turn(str(turn["instance"]), whole(turn["revision"]), str(turn["started_at"])),
         degraded=tuple(str(d) for d in value.get("degraded", [])),
+        trial=None if trial is None else Trial(whole(trial["revision"]), seconds(trial["since_boottime"])),
+        told_boottime=None if told is None else seconds(told),
     )
 
 

@@ -188,7 +188,7 @@ class Teller:
             return
         self._told_at = now
         try:
-            self._keeper.tell(state)
+            self._keeper.tell(replace(state, told_boottime=boottime()))
         except SyncFolderFailed as e:
             self._told = None
             if not self._unwritable:

@@ -325,6 +325,25 @@ def test_being_asked_tries_again_at_once(node: Node) -> None:
     assert node.step(0.01, asked=True) == 1
 
 
+def test_what_is_tried_is_on_the_board_meanwhile_and_not_after(node: Node) -> None:
+    vet = WithoutDryRun(node.settings, None)  # type: ignore[arg-type]
+    seen: list[int | None] = []
+
+    def opening(raw: bytes) -> Revision:
+        trial = node.board.state.trial
+        seen.append(trial.revision if trial is not None else None)
+        return WithoutDryRun.open(vet, raw)
+
+    vet.open = opening  # type: ignore[method-assign]
+    node.follower._vet = vet
+    node.drive.push()
+    assert node.step() == 1
+    node.drive.push(key=SigningKey.generate())
+    assert node.step() == 1
+    assert seen == [1, 2]
+    assert node.board.state.trial is None
+
+
 def test_a_lost_source_is_said_once_and_asked_less_often(node: Node) -> None:
     node.drive.push()
     node.step()

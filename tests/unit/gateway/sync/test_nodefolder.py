@@ -20,7 +20,7 @@ from moat_gateway.sitekey import SigningKey
 from moat_gateway.sync import nodefolder
 from moat_gateway.sync.files import Unusable, boot_id, boottime, read_bytes
 from moat_gateway.sync.keeper import Keeper
-from moat_gateway.sync.nodefolder import CurrentWatch, LastRefused, SourceState, SyncState, Turn
+from moat_gateway.sync.nodefolder import CurrentWatch, LastRefused, SourceState, SyncState, Trial, Turn
 
 KEY = SigningKey.generate()
 FILES = {
@@ -128,6 +128,7 @@ def test_a_reader_takes_plain_files_only(tmp_path: Path) -> None:
 STATE = SyncState(
     "node-1", 1, boot_id(), 100.0, "2027-01-31T12:00:00.000Z", SourceState("s3", "bucket", False, "why"), 1.0, 9, 8,
     LastRefused(9, "bad-config", "why", "2027-01-31T12:00:00.000Z"), 4, Turn("g1", 8, "x"), ("a", "b"),
+    Trial(10, 90.0), 101.0,
 )  # fmt: skip
 
 
