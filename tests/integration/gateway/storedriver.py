@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that uses ``moat_gateway.revstore`` and ``publish`` on request: one JSON object a line, in and out.
+"""Processes that use ``moat_gateway.revstore`` and ``publish`` on request: one JSON object a line, in and out.
 
-Run by the gateway's Python, which has boto3. The settings come from the environment, as for a command. Faults are real:
-``die_at`` ends the process with SIGKILL before or after a step, ``gate`` makes it wait for a line before a step.
+Run by the gateway's Python, which has boto3. Importing that takes a second, so this program does it once and forks for
+each process that is asked for; nothing of one is shared with another. The settings come from the environment that is
+given for it, as for a command. Faults are real: ``die_at`` ends the process with SIGKILL before or after a step,
+``gate`` makes it wait for a line before a step.
 """
 
 from __future__ import annotations
@@ -12,15 +14,53 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from moat_gateway import publish, revstore, settings, sitekey
+import boto3  # noqa: F401 - so that no fork has to
+
+from moat_gateway import publish, revstore, settings, sitekey, store
 from moat_gateway.errors import GatewayError
 
 
-def main() -> None:
+def main(fd: int) -> None:
+    """Fork a process for each message until the other end closes; with it comes the socket that one is to talk by."""
+    with socket.socket(fileno=fd) as control:
+        while True:
+            message, fds, _flags, _address = socket.recv_fds(control, 1 << 16, 1)
+            if not message:
+                return
+            if os.fork() == 0:
+                control.close()
+                watch(fds[0], **json.loads(message))
+            os.close(fds[0])
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+
+
+def watch(fd: int, environment: dict[str, str], folder: str) -> NoReturn:
+    """Fork once more, and say at the end how the fork ended."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(fd, 0)
+        os.dup2(fd, 1)
+        os.close(fd)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        serve()
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    with suppress(OSError):
+        os.write(fd, json.dumps({"ended": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+    os._exit(0)
+
+
+def serve() -> None:
     """Answer requests until the input ends."""
     values = settings.load(os.environ)[0]
     store = revstore.open_store(values)
@@ -101,6 +141,11 @@ class Operations:
     def upload(self, number: int, raw: str) -> None:
         self.store.upload(number, base64.b64decode(raw))
 
+    def init(self) -> None:
+        """Do what `moat-gateway store init` does."""
+        store.init(self.values)
+        store.init_status(self.values)
+
     def list(self) -> Any:
         return [s.number for s in self.store.list()]
 
@@ -128,8 +173,6 @@ class Operations:
             if raw is not None:
                 path.write_bytes(base64.b64decode(raw))
             return
-        from moat_gateway import store
-
         client = store.connect(self.values)
         if raw is None:
             client.delete_object(Bucket=self.values.store_bucket, Key=name)
@@ -161,4 +204,4 @@ class Faulty:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

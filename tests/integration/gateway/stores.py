@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import http.client
 import json
 import os
 import re
@@ -11,22 +14,33 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.gateway.harness import PACKAGE
+from tests.integration.gateway.harness import PACKAGE, PATIENCE, START_TIMEOUT
 from tests.integration.hotreload.programs import Program, listening, port, until
 
 from moat.build.cache import Cache
 from moat_gateway import sitekey
 
 HERE = Path(__file__).resolve().parent
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # bytes
+
+
+def data_folder(folder: Path) -> Path:
+    """Return a new folder for a store's data: in memory if there is room, as a busy disk stalls a store for seconds."""
+    roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM
+    return Path(tempfile.mkdtemp(prefix="moat-store-", dir=MEMORY if roomy else folder))
 
 
 class Backend:
@@ -43,6 +57,9 @@ class Backend:
         self.port = 0
         self.program: Program | None = None
         self.access, self.secret = secrets.token_hex(8), secrets.token_hex(20)
+        if kind != "directory":
+            self.data = data_folder(folder)
+            weakref.finalize(self, shutil.rmtree, self.data, ignore_errors=True)
         if kind == "minio":
             self.program = self._minio()
         elif kind == "seaweedfs":
@@ -53,7 +70,7 @@ class Backend:
         if not built:
             pytest.skip("no MinIO is built yet; `make demo` builds it")
         self.port = port()
-        argv = [str(built[-1]), "server", "--quiet", "--address", f"127.0.0.1:{self.port}", str(self.folder / "data")]
+        argv = [str(built[-1]), "server", "--quiet", "--address", f"127.0.0.1:{self.port}", str(self.data)]
         environment = {
             "PATH": os.environ["PATH"], "HOME": str(self.folder), "MINIO_ROOT_USER": self.access,
             "MINIO_ROOT_PASSWORD": self.secret, "MINIO_UPDATE": "off", "MINIO_CALLHOME_ENABLE": "off",
@@ -70,15 +87,16 @@ class Backend:
             "actions": ["Admin", "Read", "List", "Tagging", "Write"],
         }
         (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        (self.folder / "data").mkdir()
-        argv = [str(weed), "server", f"-dir={self.folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        argv = [str(weed), "server", f"-dir={self.data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         # It would open further ports on every address, and call home.
         argv += ["-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-filer", "-s3"]
         argv += [f"-s3.port={self.port}", f"-s3.config={self.folder}/s3.json"]
         # Each bucket takes several volumes of its own.
         argv += ["-master.volumeSizeLimitMB=64", "-volume.max=1000"]
-        names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-        argv += [f"-{name}={port()}" for name in (*names, "s3.port.grpc")]
+        self._master = port()
+        argv += [f"-master.port={self._master}"]
+        names = ("master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port.grpc")
+        argv += [f"-{name}={port()}" for name in names]
         # Its own log files and sockets go there, too.
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "TMPDIR": str(self.folder)}
         return Program("weed", argv, environment, self.folder)
@@ -86,7 +104,34 @@ class Backend:
     def start(self) -> None:
         if self.program is not None:
             self.program.start()
-            until(f"{self.kind} listens", 60, lambda: listening(self.port))
+            until(f"{self.kind} serves", PATIENCE, self._serves, 0.1)
+
+    def _serves(self) -> bool:
+        """Say whether it can store something: both listen before that."""
+        try:
+            if self.kind == "minio":
+                # It answers 503 until its drives are open; `live` and `ready` say 200 all the time.
+                return self._get(self.port, "/minio/health/cluster")[0] == 200
+            return b'"fid"' in self._get(self._master, "/dir/assign")[1] and listening(self.port)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _get(self, number: int, path: str) -> tuple[int, bytes]:
+        assert self.program is not None
+        if "--certs-dir" in self.program.argv:
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            call: http.client.HTTPConnection = http.client.HTTPSConnection(
+                "127.0.0.1", number, timeout=5, context=context
+            )
+        else:
+            call = http.client.HTTPConnection("127.0.0.1", number, timeout=5)
+        try:
+            call.request("GET", path)
+            answer = call.getresponse()
+            return answer.status, answer.read()
+        finally:
+            call.close()
 
     def stop(self) -> None:
         if self.program is not None:
@@ -121,8 +166,7 @@ class Place:
 
     def prepare(self) -> Place:
         if self.backend.port:
-            done = self.command("store", "init")
-            assert done.returncode == 0, done.stderr
+            self.driver().ask("init")
         return self
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -151,10 +195,12 @@ class Place:
         """Run one command of ``moat-gateway`` to its end."""
         argv = [str(self.python), "-m", "moat_gateway", *words]
         environment = self.environment(**more)
-        return subprocess.run(argv, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            argv, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=START_TIMEOUT
+        )
 
     def driver(self, **more: str) -> Driver:
-        made = Driver(self.python, self.environment(**more), self.folder)
+        made = Driver(self.python, self.environment(**more), self.folder, own="PYTHONPATH" in more)
         self.drivers.append(made)
         return made
 
@@ -173,23 +219,61 @@ class Refused(Exception):
         self.text: str = answer["text"]
 
 
-class Driver:
-    """A process that uses the store on request; see ``storedriver.py``."""
+class DriverHost:
+    """A process that has imported what drivers need, and forks one on request; see ``storedriver.py``."""
 
-    def __init__(self, python: Path, environment: dict[str, str], folder: Path) -> None:
-        self._process = subprocess.Popen(
-            [str(python), str(HERE / "storedriver.py")],
-            env=environment,
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, python: Path, environment: Mapping[str, str]) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [str(python), str(HERE / "storedriver.py"), str(theirs.fileno())],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def fork(self, environment: Mapping[str, str], folder: Path) -> socket.socket:
+        """Return a socket to a new driver."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            message = json.dumps({"environment": dict(environment), "folder": str(folder)})
+            socket.send_fds(self._control, [message.encode()], [theirs.fileno()])
+        return ours
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait(PATIENCE)
+
+
+@functools.cache
+def driver_host(python: Path) -> DriverHost:
+    """Return the one that lasts as long as the tests."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": "1"}
+    made = DriverHost(python, environment)
+    atexit.register(made.close)
+    return made
+
+
+class Driver:
+    """A process that uses the store on request; see ``storedriver.py``.
+
+    Args:
+        python: interpreter with the gateway's wheels.
+        environment: its settings.
+        folder: where it runs.
+        own: whether its environment decides how Python itself starts, so that it cannot be a fork of the common host.
+    """
+
+    def __init__(self, python: Path, environment: dict[str, str], folder: Path, *, own: bool = False) -> None:
+        host = DriverHost(python, environment) if own else driver_host(python)
+        self._socket = host.fork(environment, folder)
+        if own:
+            host.close()  # the fork goes on
+        self._lines = self._socket.makefile("r")
         assert self._read() == {"ready": True}
 
     def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._lines.readline()
         return json.loads(line) if line else None
 
     def send(self, op: str, **arguments: Any) -> None:
@@ -198,9 +282,7 @@ class Driver:
 
     def line(self, text: str = "") -> None:
         """Write a line: a request, or what a gate waits for."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(text + "\n")
-        self._process.stdin.flush()
+        self._socket.sendall(text.encode() + b"\n")
 
     def gate(self) -> None:
         """Return when the operation waits at its gate."""
@@ -211,6 +293,7 @@ class Driver:
         """Return the value of the operation that was begun."""
         answer = self._read()
         assert answer is not None, "the driver ended"
+        assert "ok" in answer, answer
         if not answer["ok"]:
             raise Refused(answer)
         return answer["value"]
@@ -222,15 +305,59 @@ class Driver:
 
     def killed(self) -> bool:
         """Wait for the process's end; say whether it was killed."""
-        return self._process.wait(60) == -signal.SIGKILL
+        return bool(self._read() == {"ended": -signal.SIGKILL})
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        """Have it end, and wait until it has."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        while self._lines.readline():
+            pass
+        self._lines.close()
+        self._socket.close()
+
+
+class Asker:
+    """A process that makes requests of a store as any account; see ``storeasker.py``.
+
+    Args:
+        python: interpreter with the gateway's wheels.
+        port: of the store.
+    """
+
+    def __init__(self, python: Path, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+        self._process = subprocess.Popen(
+            [str(python), str(HERE / "storeasker.py")],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, keys: tuple[str, str], call: str, **args: Any) -> dict[str, Any]:
+        """Make a request of S3."""
+        return self._answer({"call": call, "args": args}, keys)
+
+    def admin(
+        self, keys: tuple[str, str], method: str, path: str, query: dict[str, str], body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Make a request of MinIO's admin interface."""
+        return self._answer({"method": method, "path": path, "query": query, "sealed": body}, keys)
+
+    def _answer(self, question: dict[str, Any], keys: tuple[str, str]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        question |= {"url": self._url, "access": keys[0], "secret": keys[1]}
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the asker ended"
+        value: dict[str, Any] = json.loads(line)
+        return value
+
+    def close(self) -> None:
+        self._process.communicate(timeout=PATIENCE)
 
 
 class Scissors:
@@ -321,8 +448,8 @@ def _abort(s: socket.socket) -> None:
 def running(kind: str, folder: Path) -> Iterator[Backend]:
     """Run a store for a block."""
     backend = Backend(kind, folder)
-    backend.start()
     try:
+        backend.start()
         yield backend
     finally:
         backend.stop()

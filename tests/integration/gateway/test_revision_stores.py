@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from tests.integration.gateway.stores import Backend, Driver, Place, Refused, Scissors, eventually, running
+from tests.integration.hotreload.traffic import Busy
 
 from moat_gateway import revision, sitekey, tls
 
@@ -38,6 +39,13 @@ def place(backend: Backend, tmp_path: Path, python: Path) -> Iterator[Place]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def place_of_commands(place: Place) -> Place:
+    if place.backend.kind == "seaweedfs":
+        pytest.skip("the commands use a store as the drivers do, which prove the contract; one S3 store is enough here")
+    return place
 
 
 @pytest.fixture
@@ -328,7 +336,7 @@ def test_a_store_that_is_down_is_said_and_found_again(s3_place: Place) -> None:
     assert refused(node, "pointer").error == "StoreFailed"
     assert refused(node, "push", text="two").error == "StoreFailed"
     place.backend.start()
-    assert eventually("the store answers", 60, lambda: node.ask("content")) == "one"
+    assert eventually("the store answers", 180, lambda: node.ask("content")) == "one"
 
 
 def test_a_store_that_hangs_is_noticed(s3_place: Place) -> None:
@@ -339,14 +347,15 @@ def test_a_store_that_hangs_is_noticed(s3_place: Place) -> None:
     assert place.backend.program is not None
     place.backend.program.signal(signal.SIGSTOP)
     try:
-        begun = time.monotonic()
-        lost = refused(node, "pointer")
-        # Two seconds; the margin is for a busy machine.
-        assert time.monotonic() - begun < 15
+        with Busy() as busy:
+            begun = time.monotonic()
+            lost = refused(node, "pointer")
+            # Two seconds.
+            assert time.monotonic() - begun < 15 * busy.since(begun)
     finally:
         place.backend.program.signal(signal.SIGCONT)
     assert lost.error == "StoreFailed"
-    assert eventually("the store answers", 30, lambda: node.ask("content")) == "one"
+    assert eventually("the store answers", 180, lambda: node.ask("content")) == "one"
 
 
 def test_a_folder_that_is_not_there_is_said_and_found_again(place: Place) -> None:
@@ -432,7 +441,7 @@ def test_reports_of_nodes_are_read_with_their_age_and_forgotten(place: Place) ->
     assert admin.ask("reports")["pc1"]["value"] == {"n": 3}
     # Its age is the store's own: it grows without anybody's clock.
     first = admin.ask("reports")["pc2"]["age"]
-    assert eventually("the report ages", 20, lambda: admin.ask("reports")["pc2"]["age"] >= first + 1)
+    assert eventually("the report ages", 180, lambda: admin.ask("reports")["pc2"]["age"] >= first + 1)
     assert admin.ask("forget", node="pc2") is True
     assert admin.ask("forget", node="pc2") is False
     assert list(admin.ask("reports")) == ["pc1"]
@@ -486,7 +495,8 @@ def test_a_revision_that_was_signed_elsewhere_keeps_its_number(
 # --- the commands ---
 
 
-def test_the_commands_from_init_to_rollback(place: Place) -> None:
+def test_the_commands_from_init_to_rollback(place_of_commands: Place) -> None:
+    place = place_of_commands
     folder = str(place.folder / "content")
 
     def run(*words: str, code: int = 0) -> Any:
@@ -527,7 +537,8 @@ def test_the_commands_from_init_to_rollback(place: Place) -> None:
     assert "cannot be read" in silent["problems"][0]["message"]
 
 
-def test_a_drive_brings_what_was_signed_elsewhere(place: Place, tmp_path: Path, python: Path) -> None:
+def test_a_drive_brings_what_was_signed_elsewhere(place_of_commands: Place, tmp_path: Path, python: Path) -> None:
+    place = place_of_commands
     home = Place(Backend("directory", tmp_path), tmp_path / "home", python)
     drive, content = home.folder / "source", str(home.folder / "content")
     for words in (("init", content), ("push", content, "--author", "alice", "-m", "signed at home")):
@@ -569,8 +580,8 @@ def test_a_store_s_new_authority_is_taken_up_without_a_restart(tmp_path: Path, p
     authority = place.folder / "ca.pem"
     authority.write_bytes(certify("first"))
     over_tls = {"MOAT_STORE_ENDPOINT": f"https://127.0.0.1:{backend.port}", "MOAT_STORE_CA_FILE": str(authority)}
-    backend.start()
     try:
+        backend.start()
         done = place.command("store", "init", **over_tls)
         assert done.returncode == 0, done.stderr
         node = place.driver(**over_tls)
@@ -578,10 +589,10 @@ def test_a_store_s_new_authority_is_taken_up_without_a_restart(tmp_path: Path, p
         backend.stop()
         second = certify("second")
         backend.start()
-        wrong = eventually("the store answers at all", 60, lambda: _unless_down(node))
+        wrong = eventually("the store answers at all", 180, lambda: _unless_down(node))
         assert "SSLError" in wrong
         authority.write_bytes(second)
-        assert eventually("the store answers", 60, lambda: node.ask("content")) == "one"
+        assert eventually("the store answers", 180, lambda: node.ask("content")) == "one"
     finally:
         place.close()
         backend.stop()
@@ -593,7 +604,8 @@ def _unless_down(node: Driver) -> str:
     return "" if "EndpointConnectionError" in text else text
 
 
-def test_a_push_that_waits_for_nobody_says_so(place: Place) -> None:
+def test_a_push_that_waits_for_nobody_says_so(place_of_commands: Place) -> None:
+    place = place_of_commands
     folder = str(place.folder / "content")
     assert place.command("config", "init", folder).returncode == 0
     record = place.folder / "published.json"
@@ -606,7 +618,7 @@ def test_a_push_that_waits_for_nobody_says_so(place: Place) -> None:
     assert "no gateway reports" in value["problems"][0]["message"]
 
 
-def test_status_without_the_store_shows_what_this_node_knows(s3_place: Place) -> None:
+def test_status_without_the_store_shows_what_this_node_knows(s3_place: Place, place_of_commands: Place) -> None:
     done = s3_place.command("config", "status", "--json", MOAT_STORE_ENDPOINT="127.0.0.1:1")
     assert done.returncode == 17
     sync, reports = s3_place.folder / "sync", s3_place.folder / "reports"

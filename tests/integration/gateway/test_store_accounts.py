@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,45 +15,10 @@ from typing import Any
 import pytest
 from tests.integration.gateway.harness import Site, free_port
 from tests.integration.gateway.isolated import stop_process
+from tests.integration.gateway.stores import Asker
 from tests.integration.gateway.test_store import Store
 
 from moat.build.cache import Cache
-
-#: Run by the gateway's own Python, which has boto3: one request as an account, and what came of it.
-ASK = """
-import json, sys
-import boto3
-from botocore.config import Config
-from botocore.exceptions import ClientError
-q = json.load(sys.stdin)
-config = Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"})
-c = boto3.session.Session().client("s3", endpoint_url=q["url"], region_name="us-east-1", config=config,
-    aws_access_key_id=q["access"], aws_secret_access_key=q["secret"])
-try:
-    a = getattr(c, q["call"])(**q["args"])
-    body = a.get("Body")
-    print(json.dumps({"ok": True, "version": a.get("VersionId"), "body": body.read().decode() if body else None}))
-except ClientError as e:
-    print(json.dumps({"ok": False, "code": e.response["Error"]["Code"]}))
-"""
-
-#: The same for the admin interface.
-ADMIN = """
-import json, sys
-from moat_gateway import settings, store, storeaccounts
-from moat_gateway.errors import StoreFailed
-q = json.load(sys.stdin)
-values, _ = settings.load({}, {"store_endpoint": q["url"]})
-admin = storeaccounts.Admin(values, store.Credentials(q["access"], q["secret"]))
-try:
-    if q["sealed"] is None:
-        admin.call(q["method"], q["path"], q["query"], b"")
-    else:
-        admin.call_sealed(q["method"], q["path"], q["query"], q["sealed"])
-    print(json.dumps({"ok": True}))
-except StoreFailed as e:
-    print(json.dumps({"ok": False, "code": e.found}))
-"""
 
 
 class Accounts:
@@ -62,6 +26,8 @@ class Accounts:
 
     def __init__(self, folder: Path, site: Site, store: Store) -> None:
         self.folder, self.site, self.store = folder, site, store
+        self._asker = Asker(site.python, store.port)
+        self.ask, self.admin, self.close = self._asker.ask, self._asker.admin, self._asker.close
         self.values = {"store_root_user": store.access, "store_root_password": store.secret}
         self.new("reader")
         self.new("writer")
@@ -89,28 +55,6 @@ class Accounts:
     def keys(self, role: str) -> tuple[str, str]:
         return self.values[f"store_{role}_access_key"], self.values[f"store_{role}_secret_key"]
 
-    def ask(self, keys: tuple[str, str], call: str, **args: Any) -> dict[str, Any]:
-        return self._python(ASK, keys, {"call": call, "args": args})
-
-    def admin(
-        self, keys: tuple[str, str], method: str, path: str, query: dict[str, str], body: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        return self._python(ADMIN, keys, {"method": method, "path": path, "query": query, "sealed": body})
-
-    def _python(self, program: str, keys: tuple[str, str], question: dict[str, Any]) -> dict[str, Any]:
-        question |= {"url": f"http://127.0.0.1:{self.store.port}", "access": keys[0], "secret": keys[1]}
-        done = subprocess.run(
-            [str(self.site.python), "-c", program],
-            input=json.dumps(question),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={"PYTHONPATH": str(Path(__file__).resolve().parents[3] / "images" / "gateway"), "PATH": "/usr/bin"},
-        )
-        assert done.returncode == 0, done.stderr
-        value: dict[str, Any] = json.loads(done.stdout)
-        return value
-
 
 @pytest.fixture(scope="module")
 def accounts(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[Accounts]:
@@ -122,9 +66,12 @@ def accounts(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator
     process = store.start()
     try:
         made = Accounts(folder / "secrets", Site(folder / "site", python), store)
-        (made.site.folder / "tmp").mkdir(parents=True)
-        assert made.run()["changed"]
-        yield made
+        try:
+            (made.site.folder / "tmp").mkdir(parents=True)
+            assert made.run()["changed"]
+            yield made
+        finally:
+            made.close()
     finally:
         stop_process(process)
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import secrets
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.gateway.stores import Backend, Driver, Place, Refused, eventually
-from tests.integration.gateway.test_store_accounts import ADMIN, ASK
+from tests.integration.gateway.stores import Asker, Backend, Driver, Place, Refused, eventually
 from tests.integration.hotreload.programs import Relay
 
 ARRIVES = 120.0  # seconds; it takes one, after a cut up to fifteen, on a busy machine more
@@ -37,7 +35,8 @@ class Party:
             self.place.write(f"store_{role}_access_key", f"moat-{role}-{secrets.token_hex(4)}")
             self.place.write(f"store_{role}_secret_key", secrets.token_hex(20))
         self.place.bucket = "moat-config"
-        self.backend.start()
+        self.asker = Asker(python, self.backend.port)
+        self.ask = self.asker.ask
 
     def keys(self, role: str) -> tuple[str, str]:
         return (
@@ -60,28 +59,12 @@ class Party:
             MOAT_STORE_SECRET_KEY_FILE=str(self.folder / f"store_{role}_secret_key"),
         )
 
-    def ask(self, keys: tuple[str, str], call: str, **args: Any) -> dict[str, Any]:
-        return self._python(ASK, keys, {"call": call, "args": args})
-
     def admin(self, keys: tuple[str, str], path: str) -> dict[str, Any]:
-        return self._python(ADMIN, keys, {"method": "GET", "path": path, "query": {}, "sealed": None})
-
-    def _python(self, program: str, keys: tuple[str, str], question: dict[str, Any]) -> dict[str, Any]:
-        question |= {"url": f"http://127.0.0.1:{self.backend.port}", "access": keys[0], "secret": keys[1]}
-        done = subprocess.run(
-            [str(self.place.python), "-c", program],
-            input=json.dumps(question),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=self.place.environment(),
-        )
-        assert done.returncode == 0, done.stderr
-        value: dict[str, Any] = json.loads(done.stdout)
-        return value
+        return self.asker.admin(keys, "GET", path, {})
 
     def close(self) -> None:
         self.place.close()
+        self.asker.close()
         self.backend.stop()
 
 
@@ -93,6 +76,11 @@ class Sites:
         self.link = Relay(self.copy.backend.port)
         # The receiving site's nodes trust the main site's key.
         (self.copy.place.folder / "site-keys/main.pub").write_bytes(self.main.place.key.public.to_bytes())
+
+    def set_up(self) -> None:
+        """Make accounts and the first revision of the main site."""
+        for party in (self.main, self.copy):
+            party.backend.start()
         self.main.store("accounts")
         self.pusher = self.main.driver("writer")
         self.node = self.main.driver("reader")
@@ -127,6 +115,7 @@ class Sites:
 def sites(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Iterator[Sites]:
     made = Sites(tmp_path_factory.mktemp("sites"), python)
     try:
+        made.set_up()
         yield made
     finally:
         made.close()
