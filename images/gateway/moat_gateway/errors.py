@@ -185,7 +185,7 @@ class OlderRevision(GatewayError):
 
 
 class PushConflict(GatewayError):
-    """Somebody else pushed a revision at the same time; nothing was changed."""
+    """Somebody else pushed a revision at the same time; what is in force is theirs, and nothing of yours."""
 
     exit_code, kind = 22, "push-conflict"
 

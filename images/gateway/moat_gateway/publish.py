@@ -309,7 +309,12 @@ def _number(store: Store, before: _Before, wanted: int | None) -> tuple[int, tup
 
 def _move(store: Store, made: Revision, raw: bytes, before: _Before, at: str, author: str) -> Published:
     pointer = Pointer(made.number, revstore.object_name(made.number), sha256(raw).hexdigest(), len(raw), at, author)
-    moved = store.move(pointer, before.etag)
+    try:
+        moved = store.move(pointer, before.etag)
+    except PushConflict as e:
+        # It is signed and numbered above the winner's: whoever looks for it shall know what it is.
+        e.hint = f"{e.hint}; your archive {pointer.object} stays in the store and is not in force"
+        raise
     # What was in force may have been another number than the one that a carried revision followed at home.
     return replace(_published(made, moved, changed=True), previous=before.number)
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from moat_gateway import fleet, publish, revstore
+from moat_gateway.cli import main
 from moat_gateway.dirstore import DirectoryStore
-from moat_gateway.errors import OlderRevision
+from moat_gateway.errors import OlderRevision, PushConflict
 from moat_gateway.publish import Published, Wanted
+from moat_gateway.revstore import Pointer
 from moat_gateway.sitekey import SigningKey
 
 FILES = {"config.yaml": b"a: 1\n", "keys.yaml": b"keys: []\n"}
@@ -145,3 +147,38 @@ def test_ages_on_a_full_disk_are_not_known(site: Site, monkeypatch: pytest.Monke
     assert site.store.reports()["pc1"].age is None
     monkeypatch.undo()
     assert [p.name for p in (site.folder / "nodes").iterdir()] == ["pc1.json"]
+
+
+class Overtaken(DirectoryStore):
+    """A store where somebody else pushes just before the last step."""
+
+    site: Site
+
+    def move(self, pointer: Pointer, etag: str | None) -> Pointer:
+        self.site.push("theirs", number=9)
+        return super().move(pointer, etag)
+
+
+def test_who_lost_is_told_what_stays_and_the_history_marks_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.push("one")
+    overtaken = Overtaken(site.folder, limit=1 << 20)
+    overtaken.site = site
+    loser = Site.__new__(Site)
+    loser.folder, loser.key, loser.store = site.folder, site.key, overtaken
+    with pytest.raises(PushConflict) as lost:
+        loser.push("mine")
+    assert "revision 9 by tester" in lost.value.one_line()
+    assert "your archive revisions/2 stays in the store and is not in force" in lost.value.one_line()
+    keys = tmp_path / "site-keys"
+    keys.mkdir()
+    (keys / "site.pub").write_bytes(site.key.public.to_bytes())
+    (tmp_path / "gateway.yaml").touch()
+    for name, value in (("SETTINGS_FILE", "gateway.yaml"), ("SITE_KEYS_DIR", "site-keys"), ("SOURCE_DIR", "store")):
+        monkeypatch.setenv(f"MOAT_{name}", str(tmp_path / value))
+    assert main(["config", "history"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [(r.lstrip("* ").split()[0], "[never in force]" in r) for r in rows] == [
+        ("9", False), ("2", True), ("1", False),
+    ]  # fmt: skip
