@@ -26,6 +26,8 @@ from moat.manifest import MANIFEST_NAME, MAX_BYTES, SIGNATURE_NAME, FileEntry, M
 DEFAULT_STORE: Final = Path("/opt/moat")
 BUNDLE: Final = "bundle"
 _LOCK: Final = ".stage.lock"
+#: Copies nothing: the release that runs is there already.
+PRUNE: Final = f"moat stage {DEFAULT_STORE}/current/{BUNDLE} --prune 2"
 #: Left free beside what is written: a full root file system harms more than our install.
 SLACK: Final = 64 * 1024 * 1024
 
@@ -297,7 +299,7 @@ def check_room(folder: Path, needed: int) -> None:
             f"there is not enough room below {there}",
             found=f"{human_bytes(free)} free",
             expected=f"{human_bytes(needed)} for the release and {human_bytes(SLACK)} to spare",
-            hint="make room (moat stage --prune 2 removes old releases that nothing uses), then run the command again",
+            hint=f"make room ({PRUNE} removes old releases that nothing uses), then run the command again",
             path=str(there),
         )
 

@@ -302,6 +302,13 @@ def test_too_little_room_is_said_before_anything_is_written(site: Site, monkeypa
         store.check_room(site.tmp, 1000)
     assert caught.value.found == "40.0 KiB free"
     assert "64.0 MiB to spare" in str(caught.value.expected)
+    # What it says to do is what the command takes, and nothing is copied for it.
+    assert f"make room ({store.PRUNE} removes" in str(caught.value.hint)
+    site.run(site.bundle.path, "--record")
+    program, command, source, *more = store.PRUNE.split()
+    assert (program, command, source) == ("moat", "stage", "/opt/moat/current/bundle")
+    result = site.run(site.store / Path(source).relative_to("/opt/moat"), *more)
+    assert (result["exit"], result["staged"]) == (0, False)
 
 
 # --- pruning, links ---
