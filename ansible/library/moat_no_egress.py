@@ -237,22 +237,24 @@ def path_problem(ssh_ports: list[int]) -> str:
 
 
 def leased(addresses: Any) -> list[str]:
-    """Return the IPv4 addresses that end by themselves, from what ``ip -j address`` says: they come from DHCP.
+    """Return the addresses that end by themselves and come from DHCP, from what ``ip -j address`` says.
 
     IPv6 addresses of a router's announcement end too; those are renewed by what comes in, which no rule here refuses.
+    They have the prefix of their network; those of a DHCPv6 server stand alone (/128).
     """
     found = []
     for link in addresses if isinstance(addresses, list) else []:
         for a in link.get("addr_info", []):
             lifetime = a.get("valid_life_time", FOREVER)
-            if a.get("family") == "inet" and (a.get("dynamic") or lifetime < FOREVER):
+            asked_for = a.get("family") == "inet" or (a.get("family") == "inet6" and a.get("prefixlen") == 128)
+            if asked_for and (a.get("dynamic") or lifetime < FOREVER):
                 found.append(f"{a.get('local')} on {link.get('ifname')}, for another {lifetime} s")
     return found
 
 
 def lease_problem(dhcp: bool) -> str:
     """Return why this host would lose its address under these rules, or an empty string."""
-    code, out, _ = run([ip(), "-j", "-4", "address", "show"])
+    code, out, _ = run([ip(), "-j", "address", "show"])
     if dhcp or code != 0:  # without ip nothing is known; role apt_offline installs it before the rules are set
         return ""
     try:

@@ -141,8 +141,13 @@ LEASE = {**LINK, "dynamic": True, "valid_life_time": 3600}
         (LINK, []),
         (LEASE, ["192.0.2.7 on eth0, for another 3600 s"]),
         ({**LINK, "valid_life_time": 60}, ["192.0.2.7 on eth0, for another 60 s"]),
-        # A router's announcement, which comes in by itself.
-        ({**LEASE, "family": "inet6", "local": "2001:db8::7"}, []),
+        # A router's announcement, which comes in by itself; an address of DHCPv6, and one that is set by hand.
+        ({**LEASE, "family": "inet6", "local": "2001:db8::7", "prefixlen": 64}, []),
+        (
+            {**LEASE, "family": "inet6", "local": "2001:db8::7", "prefixlen": 128},
+            ["2001:db8::7 on eth0, for another 3600 s"],
+        ),
+        ({**LINK, "family": "inet6", "local": "2001:db8::7", "prefixlen": 128}, []),
     ],
 )
 def test_an_address_that_ends_by_itself_is_a_lease(address: dict[str, object], words: list[str]) -> None:
@@ -153,7 +158,7 @@ def test_an_address_that_ends_by_itself_is_a_lease(address: dict[str, object], w
 
 def test_a_lease_is_refused_unless_the_rules_let_the_host_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     said = json.dumps([{"ifname": "eth0", "addr_info": [LEASE]}])
-    monkeypatch.setattr(MODULE, "run", lambda argv: (0, said, "") if argv[1:3] == ["-j", "-4"] else (1, "", ""))
+    monkeypatch.setattr(MODULE, "run", lambda argv: (0, said, "") if argv[1:3] == ["-j", "address"] else (1, "", ""))
     found = MODULE.lease_problem(dhcp=False)
     assert "found: 192.0.2.7 on eth0" in found
     assert "; do: set no_egress_dhcp_client: true" in found
@@ -162,12 +167,11 @@ def test_a_lease_is_refused_unless_the_rules_let_the_host_ask(monkeypatch: pytes
 
 def test_the_fields_are_those_of_this_machines_ip() -> None:
     """``ip -j`` is asked for real: a renamed field would make every lease invisible."""
-    done = subprocess.run(
-        [MODULE.ip(), "-j", "-4", "address", "show", "lo"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([MODULE.ip(), "-j", "address", "show", "lo"], capture_output=True, text=True, check=True)
     info = json.loads(done.stdout)[0]["addr_info"][0]
     assert info["family"] == "inet"
     assert info["valid_life_time"] == MODULE.FOREVER
+    assert info["prefixlen"] == 8
 
 
 def test_the_table_marks_what_is_wrong_and_puts_it_last() -> None:
