@@ -52,6 +52,13 @@ options:
 """
 
 TABLE = ("inet", "moat_egress")
+#: Bridges that engines make, some before their first container: docker, podman, CNI (containerd, Kubernetes), libvirt,
+#: LXC, LXD and Incus.
+BRIDGES = re.compile(
+    r"(docker|podman|cni|virbr|lxcbr|lxdbr|incusbr|nerdctl|cilium|kube-bridge|weave)[0-9]*|(br|cni)-.+"
+)
+#: Of engines that are told by them: docker runs as a service; podman's is made by systemd wherever podman is installed.
+SOCKETS = ("run/docker.sock", "run/crio/crio.sock", "run/k3s/containerd/containerd.sock")
 #: What ip says for an address without an end.
 FOREVER = 2**32 - 1
 RUN = Path("/run/moat-no-egress")
@@ -270,15 +277,40 @@ def lease_problem(dhcp: bool) -> str:
     )
 
 
+def is_virtual(device: Path) -> bool:
+    """Say whether a network device is the near end of a container's cable (veth), or a virtual machine's (tap)."""
+    if (device / "tun_flags").exists():
+        return True
+    try:
+        ends = [(device / name).read_text("ascii").strip() for name in ("ifindex", "iflink")]
+        kind = (device / "uevent").read_text("ascii", "replace")
+    except OSError:
+        return False
+    # A VLAN, too, is linked to another device; it says what it is, which a veth does not.
+    return ends[0] != ends[1] and "DEVTYPE=" not in kind and not (device / "device").exists()
+
+
+def engines(root: Path = Path("/")) -> list[str]:
+    """Return what containers or virtual machines of this host show: bridges of theirs, and sockets of engines.
+
+    A bridge that somebody made for a network card is none: it has no member of theirs.
+    """
+    found = []
+    for bridge in sorted(p.parent for p in (root / "sys/class/net").glob("*/bridge")):
+        members = sorted(p.name for p in (bridge / "brif").glob("*"))
+        if BRIDGES.fullmatch(bridge.name) or any(is_virtual(bridge.parent / m) for m in members):
+            found.append(f"bridge {bridge.name}")
+    return found + [f"/{s}" for s in SOCKETS if (root / s).exists()]
+
+
 def host_problem(forward: bool, dhcp: bool = False) -> str:
     """Return why this host should not get these rules, or an empty string."""
-    bridges = sorted(p.parent.name for p in Path("/sys/class/net").glob("*/bridge"))
-    docker = [b for b in bridges if b == "docker0" or b.startswith("br-")]
-    if forward and (docker or Path("/run/docker.sock").exists()):
+    found = engines() if forward else []
+    if found:
         return (
-            "a container engine runs here, and a closed forward chain would cut its containers without a word; "
-            f"found: {', '.join(docker) or '/run/docker.sock'}; expected: a host without containers; do: remove the "
-            "engine, or set no_egress_forward: false and close the containers' networks with `moat firewall apply`"
+            "containers or virtual machines run here, and a closed forward chain would cut them off without a word; "
+            f"found: {', '.join(found)}; expected: a host without them; do: remove their engine, or set "
+            "no_egress_forward: false and close the containers' networks with `moat firewall apply`"
         )
     return lease_problem(dhcp)
 

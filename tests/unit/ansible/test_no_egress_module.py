@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,79 @@ def test_the_connection_that_has_to_prove_itself_is_the_operators(
     monkeypatch.setattr(MODULE, "inherited", lambda name: connection)
     monkeypatch.setattr(MODULE, "run", lambda argv: (127, "", "") if said is None else (0, said, ""))
     assert [s.port for s in MODULE.to_be_proven([22])] == whose
+
+
+@pytest.mark.parametrize(
+    ("bridge", "members", "found"),
+    [
+        ("docker0", [], True),
+        ("br-0123456789ab", [], True),
+        ("podman1", [], True),
+        ("cni-podman0", [], True),
+        ("cni0", [], True),
+        ("virbr0", [], True),
+        ("lxcbr0", [], True),
+        ("incusbr0", [], True),
+        # Bridges of the host's own, for a network card and a VLAN.
+        ("br0", [], False),
+        ("bridge0", ["vlan"], False),
+        # Of an engine that nobody has heard of, and of a virtual machine.
+        ("br0", ["veth"], True),
+        ("uplink", ["tap"], True),
+    ],
+)
+def test_bridges_of_containers_and_virtual_machines_are_told_from_the_hosts_own(
+    bridge: str, members: list[str], found: bool
+) -> None:
+    """The kernel's own devices, in a network namespace that has them, and a view of /sys that belongs to it."""
+    make = {
+        "veth": "link add member0 type veth peer name far0",
+        "tap": "tuntap add dev member0 mode tap",
+        "vlan": "link add card0 type veth peer name card1 && ip link add link card0 name member1 type vlan id 7",
+    }
+    lines = [f"ip link add {bridge} type bridge", *(f"ip {make[m]}" for m in members)]
+    lines += [f"ip link set member{i} master {bridge} 2>/dev/null || true" for i in range(2)]
+    code = (
+        "import pathlib, sys; from tests.unit.ansible.modules import module; M = module('moat_no_egress');"
+        "M.SOCKETS = (); print(M.engines())"
+    )
+    script = "set -e; mount -t sysfs sysfs /sys; " + "; ".join(lines) + '; exec "$@"'
+    argv = ["unshare", "--net", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0 and re.search("unshare|mount|not supported|Unknown device type", done.stderr):
+        pytest.skip(f"such devices cannot be made here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([f"bridge {bridge}"] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("uevent", "iflink", "device", "found"),
+    [
+        ("INTERFACE=eth0\nIFINDEX=7\n", "7", True, False),
+        ("DEVTYPE=vlan\nINTERFACE=eth0.7\nIFINDEX=7\n", "2", False, False),
+        ("DEVTYPE=bond\nINTERFACE=bond0\nIFINDEX=7\n", "7", False, False),
+        ("INTERFACE=veth1\nIFINDEX=7\n", "2", False, True),
+    ],
+    ids=["network card", "VLAN", "bond", "veth"],
+)
+def test_a_device_of_the_hosts_own_is_told_from_the_end_of_a_containers_cable(
+    tmp_path: Path, uevent: str, iflink: str, device: bool, found: bool
+) -> None:
+    """As the kernel shows them: not every one of these can be made where the tests run."""
+    for name, text in (("uevent", uevent), ("ifindex", "7\n"), ("iflink", f"{iflink}\n")):
+        (tmp_path / name).write_text(text)
+    if device:
+        (tmp_path / "device").mkdir()
+    assert MODULE.is_virtual(tmp_path) is found
+
+
+@pytest.mark.parametrize("there", ["", "run/docker.sock", "run/crio/crio.sock", "run/podman/podman.sock"])
+def test_the_socket_of_an_engine_tells_of_one_that_has_no_network_yet(tmp_path: Path, there: str) -> None:
+    if there:
+        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / there).touch()
+    # podman's is made by systemd wherever podman is installed, used or not.
+    assert MODULE.engines(tmp_path) == ([f"/{there}"] if there and "podman" not in there else [])
 
 
 LINK = {"family": "inet", "local": "192.0.2.7", "prefixlen": 24, "valid_life_time": 4294967295}
