@@ -39,8 +39,12 @@ ROOM = 4 << 30  # bytes
 
 def data_folder(folder: Path) -> Path:
     """Return a new folder for a store's data: in memory if there is room, as a busy disk stalls a store for seconds."""
+    # What runs that were killed have left would take memory for good.
+    for left in MEMORY.glob("moat-store-*"):
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
     roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM
-    return Path(tempfile.mkdtemp(prefix="moat-store-", dir=MEMORY if roomy else folder))
+    return Path(tempfile.mkdtemp(prefix=f"moat-store-{os.getpid()}-", dir=MEMORY if roomy else folder))
 
 
 class Backend:
