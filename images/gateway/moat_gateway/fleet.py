@@ -193,7 +193,7 @@ def _lag(gateway: Gateway, node: Node, revision: int, sha256: str | None) -> Lag
         return None if same else lag("other-content", f"serves another revision {revision}: two sites pushed apart")
     for refused in (gateway.last_refused, node.last_refused):
         if refused is not None and refused.get("revision") in (revision, None):
-            return lag("refused", f"refused: {refused.get('reason')}")
+            return lag("refused", f"refused{kind_of(refused)}: {refused.get('reason')}")
     if gateway.needs_restart:
         return lag("needs-restart", f"needs a restart: {', '.join(gateway.needs_restart)}")
     if node.reachable is False:
@@ -256,6 +256,11 @@ def _gateway(node: str, value: Mapping[str, Any], node_age: float | None, node_a
 
 def _refused(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return None if value is None else {k: v if v is None or type(v) is int else _line(v) for k, v in value.items()}
+
+
+def kind_of(refused: Mapping[str, Any]) -> str:
+    """Return the kind of a refusal in brackets, if its teller named one."""
+    return f" ({refused['kind']})" if refused.get("kind") else ""
 
 
 def _line(value: Any) -> str:

@@ -38,7 +38,8 @@ def notes(state: Fleet) -> list[str]:
         if n.reachable is False:
             out.append(f"{n.name}: does not reach {n.where}: {n.why}")
         if n.last_refused is not None:
-            out.append(f"{n.name}: refused revision {n.last_refused.get('revision')}: {n.last_refused.get('reason')}")
+            kind, why = fleet.kind_of(n.last_refused), n.last_refused.get("reason")
+            out.append(f"{n.name}: refused revision {n.last_refused.get('revision')}{kind}: {why}")
         out += [f"{n.name}: {d}" for d in n.degraded]
     unknown = [n.name for n in state.nodes if n.age is None]
     if unknown:

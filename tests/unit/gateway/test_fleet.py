@@ -65,7 +65,7 @@ def test_a_gateway_that_serves_the_revision_or_a_newer_one_is_served() -> None:
             {"revision": 6},
             {"last_refused": {"revision": 7, "kind": "bad-signature", "reason": "not ours", "at": "x"}},
             "refused",
-            "refused: not ours",
+            "refused (bad-signature): not ours",
         ),
         (
             {"revision": 6},
