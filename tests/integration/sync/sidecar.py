@@ -22,7 +22,7 @@ from moat_gateway.sync.nodefolder import SyncState
 
 PACKAGE = Path(__file__).resolve().parents[3] / "images/gateway"
 T = TypeVar("T")
-WAIT = 120.0  # seconds; LiteLLM's import for the dry run takes ten, on a busy machine many times that
+WAIT = 300.0  # seconds; LiteLLM's import for the dry run takes ten, on a busy machine many times that
 
 
 def until(what: str, look: Callable[[], T | None], timeout: float = WAIT) -> T:
@@ -186,4 +186,4 @@ class Sidecar:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(WAIT)

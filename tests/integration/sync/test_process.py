@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from tests.integration.sync.drive import Drive
-from tests.integration.sync.sidecar import Node, Sidecar, until
+from tests.integration.sync.sidecar import WAIT, Node, Sidecar, until
 
 from moat_gateway.sync import reports
 from moat_gateway.sync.files import boot_id, boottime
@@ -52,7 +52,7 @@ def test_the_nodes_report_lies_in_the_source(shared: Sidecar) -> None:
         return value if value.get("gateways") else None
 
     try:
-        value = shared.wait("the report", look, 20)
+        value = shared.wait("the report", look)
         assert value["node"] == "node-1"
         assert value["sync"]["revision"] == shared.node.current()
         [gateway] = value["gateways"]
@@ -79,7 +79,7 @@ def test_a_second_one_is_refused(shared: Sidecar) -> None:
     node = shared.node
     second = Node(node.folder / "second", node.python, node.drive, {"MOAT_SYNC_DIR": str(node.sync_dir)})
     with second.start() as other:
-        assert other.process.wait(60) == 26
+        assert other.process.wait(WAIT) == 26
         assert "another config-sync holds the folder" in other.output
         assert f"process {shared.process.pid}" in other.output
     shared.alive()
@@ -98,7 +98,7 @@ def test_a_second_one_is_refused(shared: Sidecar) -> None:
 )
 def test_what_cannot_work_is_said_at_the_start(node: Node, extra: dict[str, str], code: int, text: str) -> None:
     with node.start(**extra) as sidecar:
-        assert sidecar.process.wait(60) == code, sidecar.output
+        assert sidecar.process.wait(WAIT) == code, sidecar.output
         assert text in sidecar.output
         assert sidecar.said("start.refused")
 
@@ -106,7 +106,7 @@ def test_what_cannot_work_is_said_at_the_start(node: Node, extra: dict[str, str]
 def test_the_service_manager_is_told(node: Node, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(60)
+        manager.settimeout(WAIT)
         node.drive.push()
         with node.start(NOTIFY_SOCKET=str(tmp_path / "notify")) as sidecar:
             assert b"READY=1" in manager.recv(4096)
@@ -115,7 +115,7 @@ def test_the_service_manager_is_told(node: Node, tmp_path: Path) -> None:
             sidecar.process.send_signal(signal.SIGTERM)
             while b"STOPPING=1" not in manager.recv(4096):
                 pass
-            assert sidecar.process.wait(20) == 0
+            assert sidecar.process.wait(WAIT) == 0
 
 
 def test_neither_a_core_file_nor_a_secret(shared: Sidecar) -> None:
@@ -143,7 +143,8 @@ def test_the_end_does_not_wait_for_the_dry_run(node: Node) -> None:
         node.drive.push()
         sidecar.wait("the pointer", lambda: sidecar.state().pointer == 1)
         sidecar.process.send_signal(signal.SIGTERM)
-        assert sidecar.process.wait(10) == 0
+        # The dry run's process would be waited for three times as long.
+        assert sidecar.process.wait(60) == 0
         assert not any(Path(f"/proc/{p}/exe").exists() for p in pids)
     assert node.current() is None
 
@@ -160,7 +161,7 @@ def test_a_crash_of_native_code_leaves_where_it_was_and_no_values(node: Node) ->
     with node.start() as sidecar:
         pids = children(sidecar)
         sidecar.process.send_signal(signal.SIGSEGV)
-        assert sidecar.process.wait(10) == -signal.SIGSEGV
+        assert sidecar.process.wait(WAIT) == -signal.SIGSEGV
         assert "Fatal Python error: Segmentation fault" in sidecar.output
         assert "manager.py" in sidecar.output
         assert "canary-4711" not in sidecar.output
@@ -193,9 +194,9 @@ def test_a_rolling_restart_is_one_after_the_other(shared: Sidecar) -> None:
 
     try:
         for name in ("g1", "g2"):
-            shared.wait(f"the turn of {name}", partial(turn_of, name), 20)
+            shared.wait(f"the turn of {name}", partial(turn_of, name))
             gateways[name] = replace(waiting, name=name, revision=current, started_at="second", needs_restart=())
-        shared.wait("the end", lambda: turn_of(None), 20)
+        shared.wait("the end", lambda: turn_of(None))
         words = [(e["instance"], e["turn"]) for e in shared.said("sync.turn")]
         assert words == [("g1", "given"), ("g1", "done"), ("g2", "given"), ("g2", "done")]
     finally:
@@ -225,15 +226,15 @@ def test_two_nodes_restart_one_after_the_other(tmp_path: Path, python: Path) -> 
         until("both nodes' reports", lambda: turns() == [] and len(list((drive.folder / "nodes").iterdir())) == 2)
         gateways = dict.fromkeys(nodes, waiting)
         for name in ("a", "b"):
-            seen = until(f"the turn of {name}", turns, 60)
+            seen = until(f"the turn of {name}", turns)
             assert seen == [name]
-            # Longer than the nodes wait for each other's word.
-            deadline = time.monotonic() + 7
+            # Longer than the nodes wait for each other's word; at the second turn nobody waits any more.
+            deadline = time.monotonic() + (7 if name == "a" else 0)
             while time.monotonic() < deadline:
                 assert turns() == [name]
                 time.sleep(0.1)
             gateways[name] = replace(waiting, revision=1, started_at="second", needs_restart=())
-            until(f"the end of the turn of {name}", partial(gone, name), 60)
+            until(f"the end of the turn of {name}", partial(gone, name))
         for sidecar in sidecars.values():
             assert [e["turn"] for e in sidecar.said("sync.turn")] == ["given", "done"]
             assert sidecar.stop() == 0
