@@ -118,6 +118,8 @@ def test_a_refusal_with_an_odd_date_spoils_no_later_request(tmp_path: Path, pyth
             driver.ask("pointer")
         assert e.value.error == "StoreFailed"
         assert "HTTP 403" in e.value.text
+        # Then the last second of the year 9999 is over, which is the last one that there is.
+        time.sleep(1.5)
         store.talk = lambda c, _line: c.sendall(NO_KEY)
         with pytest.raises(Refused) as e:
             driver.ask("pointer")
