@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.sync.drive import Drive, content
-from tests.integration.sync.sidecar import Node, Sidecar, until
+from tests.integration.sync.sidecar import WAIT, Node, Sidecar, until
 
 from moat_gateway import revision
 from moat_gateway.sitekey import read_trusted
@@ -47,7 +47,6 @@ def killed_at(sidecar: Sidecar, call: str, number: int) -> Iterator[None]:
         until(
             "the tracer sees both threads (or has killed already)",
             lambda: sidecar.process.poll() is not None or (out.exists() and len(threads(out)) >= 2),
-            30,
         )
         yield
     finally:
@@ -55,7 +54,7 @@ def killed_at(sidecar: Sidecar, call: str, number: int) -> Iterator[None]:
         # to wait for the process while the process waited for a thread to be reaped.
         if sidecar.process.poll() is None:
             tracer.send_signal(signal.SIGTERM)
-        tracer.communicate(timeout=60)
+        tracer.communicate(timeout=WAIT)
 
 
 def threads(out: Path) -> set[str]:
@@ -98,7 +97,6 @@ def test_a_kill_at_any_step_of_taking_a_revision(tmp_path: Path, python: Path, c
                 until(
                     f"revision {newest + 1} is taken, or a kill at {call} {kills + 1}:\n{sidecar.output[-2000:]}",
                     partial(ended_or, sidecar, partial(taken, node, newest + 1)),
-                    60,
                 )
             ended = sidecar.process.poll()
         assert node.check_whole() in (newest, newest + 1)
@@ -150,14 +148,13 @@ def test_a_kill_at_any_step_of_a_start(tmp_path: Path, template: Node, call: str
             until(
                 f"a start, or a kill at {call} {kills + 1}",
                 partial(ended_or, sidecar, partial(clean, sidecar)),
-                60,
             )
             ended = sidecar.process.poll()
         current = nodefolder.read_current(node.sync_dir)
         assert current is not None
         assert current.revision == 2
         with node.start() as sidecar:
-            sidecar.wait("a clean start", partial(clean, sidecar), 60)
+            sidecar.wait("a clean start", partial(clean, sidecar))
             assert node.check_whole() == 2
         if ended is None:
             break
