@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--by-hand", type=int, default=BY_HAND)
     parser.add_argument("--by-command", type=int, default=BY_COMMAND)
     args = parser.parse_args()
-    site = Site()
+    site = Site(on_disk=True)
     try:
         site.node()
         site.start()

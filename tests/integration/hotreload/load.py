@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -123,8 +124,18 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
     through = load(args.port, "nginx", tls)
     probes = [load(int(p), name, None) for name, _, p in (x.partition("=") for x in args.probe)]
-    print("started", flush=True)
+
+    async def tell() -> None:
+        """Write a line each quarter of a second: how many were answered, and which markers the probes have seen."""
+        while not stop.is_set():
+            probed = sorted({r.marker for p in probes for r in p.records if not r.failed})
+            line = {"done": dict(through.done), "failed": len(through.failures), "probed": probed}
+            print(json.dumps(line), flush=True)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 0.25)
+
     async with asyncio.TaskGroup() as group:
+        group.create_task(tell())
         for i in range(args.streams):
             group.create_task(through.worker("stream", 100 + i, 0.05))
         for kind, first in (("new", 200), ("kept", 300), ("models", 400)):

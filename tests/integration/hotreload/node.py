@@ -69,9 +69,9 @@ class Gateway(Program):
 
     def admin(self, path: str, method: str = "GET") -> str:
         """Ask on the admin socket; return the body."""
-        connection = http.client.HTTPConnection("localhost", timeout=10)
+        connection = http.client.HTTPConnection("localhost", timeout=60)
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(10)
+        connection.sock.settimeout(60)
         try:
             connection.sock.connect(str(self.socket))
             connection.request(method, path)

@@ -103,9 +103,9 @@ class Program:
         if self.running():
             self.signal(signal.SIGKILL)
         if self.process is not None:
-            self.process.wait(10)
+            self.process.wait(60)
 
-    def stop(self, seconds: float = 30) -> int:
+    def stop(self, seconds: float = 120) -> int:
         """SIGTERM; return the exit code."""
         if self.process is None:
             return 0
@@ -139,7 +139,11 @@ def model_server(folder: Path) -> tuple[Program, int]:
     argv = [sys.executable, str(HERE / "modelserver.py"), str(number)]
     program = Program("model", argv, {"PATH": os.environ["PATH"]}, folder)
     program.start()
-    until("the model server listens", 20, lambda: listening(number))
+    try:
+        until("the model server listens", 120, lambda: listening(number))
+    except BaseException:
+        program.kill()
+        raise
     return program, number
 
 
@@ -163,11 +167,11 @@ class Minio(Program):
     def start(self) -> None:
         super().start()
         # It listens before it can serve, and answers 503 in between; `live` and `ready` say 200 all the time.
-        until("MinIO serves", 30, self.serves)
+        until("MinIO serves", 120, self.serves)
 
     def serves(self) -> bool:
         """Say whether it is past its start: this path answers 503 until its drives are open."""
-        call = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        call = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             call.request("GET", "/minio/health/cluster")
             return call.getresponse().status == 200
@@ -223,7 +227,7 @@ class Nginx:
         argv += ["-v", f"{self.folder}/tls:/run/secrets:ro", found[0]]
         argv += ["-c", "/etc/nginx/moat/nginx.conf", "-e", "/dev/stderr", "-g", "daemon off;"]
         self._id = _docker(*argv).strip()
-        until("nginx listens", 20, lambda: listening(self.port))
+        until("nginx listens", 120, lambda: listening(self.port))
 
     def log(self) -> str:
         return _docker("logs", self._id)

@@ -11,28 +11,26 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 from tests.integration.hotreload.node import Gateway, Node
 from tests.integration.hotreload.programs import until
 from tests.integration.hotreload.site import INTERVAL, Site
-from tests.integration.hotreload.traffic import Busy, Traffic
+from tests.integration.hotreload.traffic import Traffic
 
-STALE_AFTER = 2.0  # seconds
+STALE_AFTER = 6.0  # seconds; on a busy machine a healthy gateway shows up to 3
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    made = Site(relay=True)
-    try:
+    with closing(Site(relay=True)) as made:
         made.node(MOAT_STALE_AFTER=str(STALE_AFTER), MOAT_SYNC_KEEP="4")
         made.start()
         push(made)
         made.wait_serving(1)
         yield made
-    finally:
-        made.close()
 
 
 def push(site: Site) -> int:
@@ -42,9 +40,9 @@ def push(site: Site) -> int:
     return number
 
 
-def consistent(site: Site, number: int, seconds: float = 30) -> None:
+def consistent(site: Site, number: int) -> None:
     """All gateways serve this revision, whole, and the node's folder holds whole ones only."""
-    site.wait_serving(number, seconds)
+    site.wait_serving(number)
     for gateway in site.gateways:
         assert {gateway.marker(m, site.key) for m in site.models} == {f"r{number}"}
         assert gateway.revision() == number
@@ -56,7 +54,7 @@ def consistent(site: Site, number: int, seconds: float = 30) -> None:
         assert {"revision.json", "revision.json.minisig", "config.yaml", "keys.yaml", "prepared.json"} <= {
             p.name for p in folder.iterdir()
         }
-    until("the folder for half-written ones is empty", 10, lambda: not list((node.sync_dir / "tmp").glob("*")))
+    until("the folder for half-written ones is empty", 120, lambda: not list((node.sync_dir / "tmp").glob("*")))
 
 
 def test_a_store_that_stops_leaves_all_serving_and_is_caught_up_with_when_it_is_back(site: Site) -> None:
@@ -64,8 +62,8 @@ def test_a_store_that_stops_leaves_all_serving_and_is_caught_up_with_when_it_is_
     serving = site.nodes[0].accepted()
     assert site.minio.stop() == 0
     gateway = site.gateways[0]
-    until("staleness is measured", 20, lambda: gateway.metrics()["moat_config_staleness_seconds"] > STALE_AFTER)
-    until("the gateway says that it is degraded", 10, lambda: any("config" in x for x in gateway.status()["degraded"]))
+    until("staleness is measured", 120, lambda: gateway.metrics()["moat_config_staleness_seconds"] > STALE_AFTER)
+    until("the gateway says that it is degraded", 120, lambda: any("config" in x for x in gateway.status()["degraded"]))
     assert not site.nodes[0].sync_state()["source"]["reachable"]
     assert site.nodes[0].sync_state()["source"]["why"]
     assert gateway.status()["ready"]
@@ -73,9 +71,9 @@ def test_a_store_that_stops_leaves_all_serving_and_is_caught_up_with_when_it_is_
     site.minio.start()
     number = push(site)
     consistent(site, number)
-    until("nobody is degraded", 10, lambda: not any(g.status()["degraded"] for g in site.gateways))
-    assert gateway.metrics()["moat_config_staleness_seconds"] < STALE_AFTER
-    traffic.stop().assert_whole(at_least=5)
+    until("nobody is degraded", 120, lambda: not any(g.status()["degraded"] for g in site.gateways))
+    until("nothing is stale", 120, lambda: gateway.metrics()["moat_config_staleness_seconds"] < STALE_AFTER)
+    traffic.stop(at_least=5).assert_whole()
     traffic.assert_forward()
 
 
@@ -92,18 +90,18 @@ def test_a_cut_network_keeps_the_last_good_revision_even_for_a_gateway_that_star
     first.wait_ready()
     assert first.revision() == serving
     assert {first.marker(m, site.key) for m in site.models} == {f"r{serving}"}
-    until("staleness is measured", 20, lambda: first.metrics()["moat_config_staleness_seconds"] > STALE_AFTER)
-    until("the gateway says that it is degraded", 10, lambda: first.status()["degraded"])
+    until("staleness is measured", 120, lambda: first.metrics()["moat_config_staleness_seconds"] > STALE_AFTER)
+    until("the gateway says that it is degraded", 120, lambda: first.status()["degraded"])
     site.relay.heal()
     consistent(site, newest)
-    until("nobody is degraded", 10, lambda: not any(g.status()["degraded"] for g in site.gateways))
+    until("nobody is degraded", 120, lambda: not any(g.status()["degraded"] for g in site.gateways))
 
 
 def test_a_slow_network_is_only_slow(site: Site) -> None:
     assert site.relay is not None
     site.relay.delay = 0.3
     try:
-        site.wait_serving(push(site), 30)
+        site.wait_serving(push(site))
     finally:
         site.relay.delay = 0.0
     number = push(site)
@@ -153,7 +151,7 @@ def test_the_sidecar_is_killed_at_each_of_its_steps_under_load(site: Site) -> No
     traffic = site.load()
     for moment in MOMENTS.values():
         number = push(site)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 180
         # Some of these moments last less than a millisecond. One that was missed is a later one.
         while not moment(node, number) and not reported(node, number) and time.monotonic() < deadline:
             time.sleep(0.0003)
@@ -161,9 +159,10 @@ def test_the_sidecar_is_killed_at_each_of_its_steps_under_load(site: Site) -> No
         numbers.append(number)
         node.sidecar.start()
         consistent(site, number)
+        # Control: the probes did see each of these revisions come.
+        traffic.until_probed(f"r{number}")
     traffic.stop().assert_whole()
     traffic.assert_forward()
-    # Control of the loop above: the probes did see each of these revisions come.
     assert {r["marker"] for r in traffic.done("probe")} >= {f"r{n}" for n in numbers}
 
 
@@ -171,14 +170,14 @@ def test_the_sidecar_is_killed_at_random_moments_while_revisions_come(site: Site
     node, random_ = site.nodes[0], random.Random(4711)
     traffic = site.load()
     number = 0
-    for _ in range(4):
+    for _ in range(2):
         for _ in range(random_.randrange(1, 4)):
             number = push(site)
         time.sleep(random_.uniform(0, 3 * INTERVAL))
         node.sidecar.kill()
         node.sidecar.start()
-    consistent(site, number, 60)
-    traffic.stop().assert_whole()
+    consistent(site, number)
+    traffic.stop(at_least=5).assert_whole()
     traffic.assert_forward()
 
 
@@ -194,7 +193,7 @@ def test_gateways_are_killed_while_they_apply_and_come_back_whole(site: Site) ->
         victim = site.gateways[round_ % 3]
         number = push(site)
         if round_ % 2 == 0:
-            until("the sidecar has accepted it", 20, lambda: node.accepted() >= number, 0.0)  # noqa: B023
+            until("the sidecar has accepted it", 180, lambda: node.accepted() >= number, 0.0)  # noqa: B023
             # A gateway looks every 0.1 s and then needs milliseconds.
             time.sleep(random_.uniform(0, 0.15))
         else:
@@ -202,7 +201,7 @@ def test_gateways_are_killed_while_they_apply_and_come_back_whole(site: Site) ->
         killed.append((victim, time.monotonic()))
         victim.kill()
         others = [g for g in site.gateways if g is not victim]
-        site.wait_serving(number, 30, others)
+        site.wait_serving(number, gateways=others)
         victim.start()
         victim.wait_ready()
         site.wait_serving(number)
@@ -227,15 +226,13 @@ def only_cut_by_kills(traffic: Traffic, moments: list[float]) -> list[object]:
 
 def test_sidecar_and_gateways_die_together_as_with_the_power(site: Site) -> None:
     number = push(site)
-    with Busy() as busy:
-        time.sleep(INTERVAL / 2)
-        for program in site.nodes[0].programs:
-            program.kill()
-        newest = push(site)
-        for program in site.nodes[0].programs:
-            program.start()
-        for gateway in site.gateways:
-            gateway.wait_ready()
-        begun = time.monotonic()
-        assert {g.revision() for g in site.gateways} <= {number - 1, number, newest}
-        consistent(site, newest, 30 * busy.since(begun))
+    time.sleep(INTERVAL / 2)
+    for program in site.nodes[0].programs:
+        program.kill()
+    newest = push(site)
+    for program in site.nodes[0].programs:
+        program.start()
+    for gateway in site.gateways:
+        gateway.wait_ready()
+    assert {g.revision() for g in site.gateways} <= {number - 1, number, newest}
+    consistent(site, newest)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 from tests.integration.gateway.harness import PACKAGE
-from tests.integration.hotreload.programs import HERE
+from tests.integration.hotreload.node import Gateway
+from tests.integration.hotreload.programs import HERE, until
 from tests.integration.hotreload.site import Admin, Pushed, Site
 
 YEAR = 365 * 86400.0  # seconds
@@ -20,19 +22,21 @@ YEAR = 365 * 86400.0  # seconds
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    made = Site()
-    try:
+    with closing(Site()) as made:
         made.node("n1", 1)
         made.node("n2", 1, PYTHONPATH=f"{HERE / 'wrongclock'}:{PACKAGE}", TEST_CLOCK_SHIFT=str(YEAR))
         made.node("n3", 1)
         yield made.start(nginx=False)
-    finally:
-        made.close()
+
+
+def fresh(gateway: Gateway) -> None:
+    """What it serves is not stale; a busy machine asks the store late now and then, a wrong clock is wrong for ever."""
+    until("it is not stale", 120, lambda: gateway.metrics()["moat_config_staleness_seconds"] < 5)
 
 
 def test_a_node_whose_clock_is_a_year_wrong_follows_like_the_others(site: Site) -> None:
     site.admin.write("r1")
-    pushed = site.admin.push("--wait", "60")
+    pushed = site.admin.push("--wait", "180")
     assert pushed.revision == 1
     site.wait_serving(1, 5)
     wrong = site.nodes[1]
@@ -42,7 +46,7 @@ def test_a_node_whose_clock_is_a_year_wrong_follows_like_the_others(site: Site) 
     assert wrong.gateways[0].events()[0]["ts"].startswith(str(year + 1))
     for node in site.nodes:
         assert node.gateways[0].marker("m1", site.key) == "r1"
-        assert node.gateways[0].metrics()["moat_config_staleness_seconds"] < 5
+        fresh(node.gateways[0])
         assert node.gateways[0].status()["degraded"] == []
     told = site.admin.status()
     assert {g["name"]: g["revision"] for g in told["gateways"]} == {g.name: 1 for g in site.gateways}
@@ -60,7 +64,7 @@ def test_a_node_whose_clock_is_a_year_wrong_follows_like_the_others(site: Site) 
 def test_of_two_administrators_who_push_at_once_one_wins_and_the_other_is_told(site: Site) -> None:
     other = Admin(site, "other")
     conflicts = 0
-    for round_ in range(3):
+    for round_ in range(2):
         before = int(site.hand.bucket.current()["revision"])
 
         def push(who: Admin, marker: str = f"r{before + 1}") -> Pushed:
@@ -91,4 +95,4 @@ def test_of_two_administrators_who_push_at_once_one_wins_and_the_other_is_told(s
             assert f"of-{pointer['author']}" in models
             assert len([m for m in models if m.startswith("of-")]) == 1
     # A push counts from its beginning: two that overlap cannot both win. (On a busy machine one may begin late.)
-    assert conflicts >= 2
+    assert conflicts >= 1

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,9 @@ WITHIN = INTERVAL + 1.0  # seconds from the end of `push`, on a machine that is 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    made = Site()
-    try:
+    with closing(Site()) as made:
         made.node()
         yield made.start()
-    finally:
-        made.close()
 
 
 def key8(value: str) -> str:
@@ -41,22 +39,26 @@ def key8(value: str) -> str:
 def publish(site: Site, number: int, added: dict[str, str]) -> float:
     """Publish a revision; return when (CLOCK_MONOTONIC).
 
-    Every third by the command, which imports LiteLLM for six seconds first, the others by what it does then: sign,
+    Every seventh by the command, which imports LiteLLM for six seconds first, the others by what it does then: sign,
     upload, move the pointer. With MOAT_LONG_TESTS=1 each by the command; the benchmark does it so as well.
     """
-    if number % 3 == 0 or "MOAT_LONG_TESTS" in os.environ:
+    if number % 7 == 0 or "MOAT_LONG_TESTS" in os.environ:
         site.admin.write(f"r{number}", **added)
         pushed = site.admin.push("--message", f"push {number}")
         assert pushed.revision == number
         return pushed.at
     made, at = site.hand.put({"config.yaml": site.config(f"r{number}", **added), "keys.yaml": site.keys()})
     assert made == number
-    time.sleep(1.5)  # some traffic for each revision
     return at
 
 
+def put_keys(site: Site, keys: str) -> tuple[int, float]:
+    """Publish this ``keys.yaml``, not by the command; return the revision's number and when (CLOCK_MONOTONIC)."""
+    return site.hand.put({"config.yaml": site.config("r0"), "keys.yaml": keys})
+
+
 def until_refused(gateway: Gateway, key: str) -> None:
-    until(f"{gateway.name} refuses the key", 30, lambda: gateway.ask("m0", key).status == 401)
+    until(f"{gateway.name} refuses the key", 180, lambda: gateway.ask("m0", key).status == 401)
 
 
 def test_twenty_pushes_under_load_reach_every_gateway_and_nothing_fails(
@@ -77,12 +79,13 @@ def test_twenty_pushes_under_load_reach_every_gateway_and_nothing_fails(
             slower = busy.since(at)
             if took[-1] > WITHIN * slower:
                 late.append(f"{number}: {took[-1]:.2f} s, this machine was {slower:.1f} times slower than alone")
+            traffic.until_probed(f"r{number}")
             if number % 2 == 0:
                 assert [g.marker(f"x{number}", site.key) for g in site.gateways] == [f"r{number}"] * 3
-    traffic.stop()
+    traffic.stop(at_least=50)
     with capsys.disabled():
         print("\n" + table({"published -> all three gateways serve": took}))
-    traffic.assert_whole(at_least=50)
+    traffic.assert_whole()
     traffic.assert_forward()
     assert late == []
     assert [g.pid for g in site.gateways] == pids
@@ -108,13 +111,12 @@ def test_one_of_400_deployments_and_then_all_are_changed_under_load(site: Site) 
         ("all are changed", f"r{first + 2}", {}),
     ):
         number, _ = site.hand.put(files(marker, **other))
-        site.wait_serving(number, 60)
+        site.wait_serving(number)
         for gateway in site.gateways:
             assert len(gateway.status()["models"]) == 400, step
             assert gateway.marker("many199", site.key) == marker, step
             assert gateway.marker("many200", site.key) == ("r0" if other else marker), step
-    # How many requests fit in depends on how fast the three steps went; that all kinds ran does not.
-    traffic.stop().assert_whole(at_least=5)
+    traffic.stop(at_least=5).assert_whole()
     traffic.assert_forward()
 
 
@@ -125,17 +127,18 @@ def test_a_provider_key_is_rotated_by_swapping_its_file(site: Site) -> None:
     old, new = "upstream-secret-canary-4711", "upstream-secret-canary-0815"
     traffic = site.load()
     with Busy() as busy:
-        until("the old key is used", 20, lambda: any(s[3] == key8(old) for s in site.seen()))
+        until("the old key is used", 120, lambda: any(s[3] == key8(old) for s in site.seen()))
         half = site.nodes[0].folder / "secrets/.up_key"
         half.write_text(new + "\n")
         half.replace(site.nodes[0].folder / "secrets/up_key")
         swapped = time.monotonic()
-        until("the new key is used", 20, lambda: any(s[3] == key8(new) for s in site.seen()))
-        window = swapped + 2.0 * busy.since(swapped)  # secrets_poll is 1 s
-        until("some time passed", 120, lambda: time.monotonic() > window + 4, 0.1)
-    traffic.stop().assert_whole(at_least=5)
+        until("the new key is used", 120, lambda: any(s[3] == key8(new) for s in site.seen()))
+        # secrets_poll is 1 s
+        until("it is used by all", 120, lambda: time.monotonic() > swapped + 2.0 * busy.since(swapped), 0.1)
+        window = time.monotonic()
+        until("some requests", 120, lambda: len([s for s in site.seen() if s[0] > window]) > 20, 0.1)
+    traffic.stop(at_least=5).assert_whole()
     after = [s for s in site.seen() if s[0] > window]
-    assert len(after) > 20
     assert {s[3] for s in after} == {key8(new)}
     for program in [*site.nodes[0].programs, site.model]:
         assert old not in program.text()
@@ -147,33 +150,31 @@ def test_a_provider_key_is_rotated_by_swapping_its_file(site: Site) -> None:
 
 def test_a_client_key_that_is_revoked_is_refused_by_every_gateway_in_time(site: Site) -> None:
     victim = "sk-" + "v" * 48
-    site.admin.write("r0", keys=site.keys(victim=victim))
-    site.wait_serving(site.admin.push().revision)
+    site.wait_serving(put_keys(site, site.keys(victim=victim))[0])
     assert {g.ask("m0", victim).status for g in site.gateways} == {200}
-    site.admin.write("r0")
     with Busy() as busy:
-        pushed = site.admin.push("--message", "victim has left")
+        _, left = put_keys(site, site.keys())
         refused: dict[str, float] = {}
         for gateway in site.gateways:
             until_refused(gateway, victim)
-            refused[gateway.name] = time.monotonic() - pushed.at
-        assert max(refused.values()) < WITHIN * busy.since(pushed.at), refused
+            refused[gateway.name] = time.monotonic() - left
+        assert max(refused.values()) < WITHIN * busy.since(left), refused
     assert {g.ask("m0", site.key).status for g in site.gateways} == {200}
 
 
 def test_a_client_key_is_rotated_with_an_overlap(site: Site) -> None:
     before = "sk-" + "b" * 48
-    folder = site.admin.write("r0", keys=site.keys(turns=before))
-    site.wait_serving(site.admin.push().revision)
-    told = site.admin.right("keys", "rotate", "turns", "--overlap", "12s", MOAT_KEYS=str(folder / "keys.yaml"))
-    after = told.split()[-1]
-    ends = time.monotonic() + 12
-    site.wait_serving(site.admin.push().revision)
-    if time.monotonic() < ends - 1:
-        assert {g.ask("m0", k).status for g in site.gateways for k in (before, after)} == {200}
+    file = site.admin.write("r0", keys=site.keys(turns=before)) / "keys.yaml"
+    site.wait_serving(put_keys(site, file.read_text())[0])
+    begun = time.monotonic()
+    told = site.admin.right("keys", "rotate", "turns", "--overlap", "12s", MOAT_KEYS=str(file))
+    after, earliest = told.split()[-1], begun + 11  # the file says whole seconds
+    site.wait_serving(put_keys(site, file.read_text())[0])
+    both = {g.ask("m0", k).status for g in site.gateways for k in (before, after)}
+    assert both == {200} or time.monotonic() > earliest
     for gateway in site.gateways:
         until_refused(gateway, before)
-    assert time.monotonic() > ends - 1
+    assert time.monotonic() > earliest
     assert {g.ask("m0", after).status for g in site.gateways} == {200}
 
 
@@ -194,7 +195,7 @@ def test_what_cannot_be_taken_live_restarts_one_gateway_after_the_other_and_noth
         }
 
     try:
-        until("all have restarted", 180, ended, 0.1)
+        until("all have restarted", 400, ended, 0.1)
         for gateway in site.gateways:
             gateway.wait_ready()
     finally:

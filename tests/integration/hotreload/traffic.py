@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration.hotreload.node import Node
-from tests.integration.hotreload.programs import Program
+from tests.integration.hotreload.programs import Program, until
+
+KINDS = ("new", "kept", "stream")
 
 
 @dataclass
@@ -25,9 +27,27 @@ class Traffic:
     out: Path
     records: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    at_least: int = 0
 
-    def stop(self) -> Traffic:
-        assert self.program.stop(90) == 0, self.program.tail()
+    def progress(self) -> dict[str, Any]:
+        """Return how far the running load has come (see ``tell`` in ``load.py``); empty before its first word."""
+        assert self.program.running(), self.program.tail()
+        return (self.program.events() or [{}])[-1]
+
+    def until_probed(self, marker: str) -> None:
+        """Wait until a probe of a gateway was answered with this marker."""
+        until(f"a probe sees {marker}", 120, lambda: marker in self.progress().get("probed", ()), 0.1)
+
+    def stop(self, at_least: int = 20) -> Traffic:
+        """End the load, but not before so many requests of each kind were answered: how fast they are is no claim."""
+        self.at_least = at_least
+
+        def enough() -> bool:
+            now = self.progress()
+            return bool(now) and (now["failed"] or all(now["done"].get(k, 0) >= at_least for k in KINDS))
+
+        until(lambda: f"{at_least} requests of each kind: {self.progress()}", 180, enough, 0.1)
+        assert self.program.stop(180) == 0, self.program.tail()
         seen = json.loads(self.out.read_text())
         self.records, self.failures = seen["records"], seen["failures"]
         return self
@@ -35,11 +55,11 @@ class Traffic:
     def done(self, kind: str) -> list[dict[str, Any]]:
         return [r for r in self.records if r["kind"] == kind and not r["failed"]]
 
-    def assert_whole(self, at_least: int = 20) -> None:
+    def assert_whole(self) -> None:
         """Nothing that went through nginx failed or was cut, and there was traffic of each kind."""
         assert self.failures == []
-        for kind in ("new", "kept", "stream"):
-            assert len(self.done(kind)) >= at_least, (kind, len(self.done(kind)))
+        for kind in KINDS:
+            assert len(self.done(kind)) >= self.at_least, (kind, len(self.done(kind)))
 
     def assert_forward(self) -> None:
         """What each gateway said, one request after the other, never went back: a half-applied revision would.
@@ -96,7 +116,7 @@ class Watch:
         known = [m for m in moments if m is not None]
         return max(known) if len(known) == len(names) else None
 
-    def wait(self, number: int, seconds: float = 30) -> float:
+    def wait(self, number: int, seconds: float = 180) -> float:
         """Wait until all gateways have named this revision; return the moment at which the last did."""
         deadline = time.monotonic() + seconds
         while (moment := self.served_by_all(number)) is None:
