@@ -26,7 +26,7 @@ def _bytes(n: int) -> bytes:
     [
         "sk-proj-REALkey0123456789abcdefghij",
         "sk-moat-admin-" + base64.urlsafe_b64encode(_bytes(32)).decode().rstrip("="),
-        keys.new_secret(),
+        pytest.param(keys.new_secret(), id="one of ours"),
         "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ",
         "Bearer sk-proj-REALkey0123456789abcdefghij",
         "0123456789abcdef" * 2,
