@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
@@ -63,14 +64,21 @@ class Admin:
         # MinIO refuses a body that some parser may have read as a form.
         headers = {"content-type": "application/octet-stream"} if body else {}
         url = f"{where}?{urlencode(query)}" if query else where
-        request = AWSRequest(method, url, headers, data=body)
-        S3SigV4Auth(Credentials(self._root.access_key, self._root.secret_key), "s3", store.REGION).add_auth(request)
-        try:
-            answer = self._session.send(request.prepare())
-        except (BotoCoreError, HTTPClientError) as e:
-            raise StoreFailed(
-                f"cannot reach the administration of {self._settings.store_endpoint}", found=type(e).__name__
-            ) from e
+        signer = S3SigV4Auth(Credentials(self._root.access_key, self._root.secret_key), "s3", store.REGION)
+        deadline = time.monotonic() + self._settings.store_timeout
+        while True:
+            request = AWSRequest(method, url, headers, data=body)
+            signer.add_auth(request)
+            try:
+                answer = self._session.send(request.prepare())
+            except (BotoCoreError, HTTPClientError) as e:
+                raise StoreFailed(
+                    f"cannot reach the administration of {self._settings.store_endpoint}", found=type(e).__name__
+                ) from e
+            # MinIO serves S3 before its users and policies are loaded, and says 503 until then.
+            if answer.status_code != 503 or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
         content: bytes = answer.content
         if answer.status_code not in (200, 204):
             try:

@@ -181,16 +181,10 @@ def remove(settings: Settings, name: str, credentials: Credentials) -> None:
 
 def accepts(settings: Settings, access_key: str, secret_key: str, bucket: str) -> bool:
     """Say whether the store takes these credentials for a bucket that they may list."""
-    from botocore.exceptions import ClientError
-
     client = connect(settings, Credentials(access_key, secret_key))
-    try:
-        client.head_bucket(Bucket=bucket)
-    except ClientError as e:
-        if e.response["ResponseMetadata"].get("HTTPStatusCode") in (401, 403):
-            return False
-        raise failed(settings, "look for the bucket", e) from e
-    return True
+    # A HEAD has no body: its code is the status.
+    answer = call(settings, "look for the bucket", lambda: client.head_bucket(Bucket=bucket), ignore=("401", "403"))
+    return answer is not None
 
 
 def read_credentials(settings: Settings) -> Credentials:
@@ -302,19 +296,26 @@ def _wait(step: Callable[[], bool], settings: Settings, deadline: float, sleep: 
 def call(settings: Settings, what: str, step: Callable[[], Any], ignore: tuple[str, ...] = ()) -> Any:
     """Return what a request gives; ``None`` for a refusal with a code of ``ignore``.
 
+    A store that says 503 is asked again for ``store_timeout`` seconds: MinIO does that for a moment after it has said
+    that it is ready, and on a busy machine for seconds.
+
     Raises:
         StoreFailed: any other refusal, or no answer.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    try:
-        return step()
-    except ClientError as e:
-        if e.response.get("Error", {}).get("Code") in ignore:
-            return None
-        raise failed(settings, what, e) from e
-    except BotoCoreError as e:
-        raise failed(settings, what, e) from e
+    deadline = time.monotonic() + settings.store_timeout
+    while True:
+        try:
+            return step()
+        except ClientError as e:
+            if e.response.get("Error", {}).get("Code") in ignore:
+                return None
+            if e.response["ResponseMetadata"].get("HTTPStatusCode") != 503 or time.monotonic() > deadline:
+                raise failed(settings, what, e) from e
+        except BotoCoreError as e:
+            raise failed(settings, what, e) from e
+        time.sleep(0.5)
 
 
 def failed(settings: Settings, what: str, e: Exception, bucket: str | None = None) -> StoreFailed:

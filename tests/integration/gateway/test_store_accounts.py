@@ -6,8 +6,12 @@ Every "may not" is asked of the server itself, as the account, with the request 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import secrets
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +188,54 @@ def test_wrong_root_credentials_are_refused_and_not_shown(accounts: Accounts, tm
         (accounts.folder / "store_root_password").write_text(right + "\n")
     assert done.returncode == 17
     assert "canary" not in done.stdout + done.stderr
+
+
+class Hesitant:
+    """A way to the store on which every other connection is told 503, as MinIO does while it starts."""
+
+    def __init__(self, port: int) -> None:
+        self._store = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.refused = 0
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                client, _ = self._listener.accept()
+                if number % 2 == 0:
+                    self.refused += 1
+                    with client:
+                        client.recv(65536)
+                        client.sendall(b"HTTP/1.1 503 Not Yet\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    continue
+                store = socket.create_connection(("127.0.0.1", self._store))
+                self._ends += [client, store]
+                for a, b in ((client, store), (store, client)):
+                    threading.Thread(target=self._pass, args=(a, b), daemon=True).start()
+
+    @staticmethod
+    def _pass(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        for end in [self._listener, *self._ends]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def test_a_store_that_cannot_do_it_yet_is_asked_again(accounts: Accounts) -> None:
+    way = Hesitant(accounts.store.port)
+    try:
+        value = accounts.run("--endpoint", f"127.0.0.1:{way.port}", "--bucket", "moat-new")
+    finally:
+        way.close()
+    assert "bucket moat-new made" in value["changes"]
+    # The bucket's client, the reports' client and the administration each had to ask twice.
+    assert way.refused >= 3
