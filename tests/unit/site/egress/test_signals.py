@@ -5,10 +5,20 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from moat.site.egresscheck.signals import deferred, ended_once
+
+
+@pytest.fixture(autouse=True)
+def as_a_terminal_gives_them() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored from the beginning, and stays so (the second test)."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_first_signal_ends_and_further_ones_do_not() -> None:
