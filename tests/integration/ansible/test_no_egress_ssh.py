@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,15 +59,28 @@ class Node:
 
     def run(self, *argv: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
         """Run a program on the host by the container engine: it also works when SSH is cut."""
-        return subprocess.run(["docker", "exec", "-i", self.name, *argv], input=stdin, capture_output=True, timeout=60)
+        return subprocess.run(["docker", "exec", "-i", self.name, *argv], input=stdin, capture_output=True, timeout=300)
 
     def rules(self) -> str:
         return self.run("nft", "-s", "list", "table", "inet", "moat_egress").stdout.decode()
 
     def ssh(self) -> bool:
         """Say whether a fresh SSH connection can be made."""
-        argv = ["ssh", *self.options(), "-o", "ConnectTimeout=1", "-o", "BatchMode=yes", f"root@{self.address}", "true"]
-        return subprocess.run(argv, capture_output=True).returncode == 0
+        argv = ["ssh", *self.options(), "-o", "ConnectTimeout=15", "-o", "BatchMode=yes"]
+        return subprocess.run([*argv, f"root@{self.address}", "true"], capture_output=True).returncode == 0
+
+    def wait_ssh(self) -> None:
+        """Wait until a connection can be made."""
+        deadline = time.monotonic() + 180
+        while not self.ssh():
+            assert time.monotonic() < deadline, self.run("systemctl", "status", "ssh").stdout.decode()
+            time.sleep(0.3)
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Return what systemd wrote of the rules' trial and of their return."""
+        units = ["-u", "moat-no-egress-apply", "-u", "moat-no-egress-rollback"]
+        lines = self.run("journalctl", "--no-pager", "-o", "json", *units).stdout.splitlines()
+        return [json.loads(line) for line in lines]
 
     def options(self) -> list[str]:
         known, key = self.folder / "known_hosts", self.folder / "key"
@@ -101,7 +115,7 @@ class Node:
         }  # fmt: skip
         argv = [sys.executable, "-m", "ansible", "playbook", "-i", str(self.folder / "inventory.json")]
         argv += ["-e", f"@{self.folder / 'vars.json'}", str(self.folder / "play.yml")]
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=150)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600)
         return done.returncode, done.stdout + done.stderr
 
 
@@ -152,9 +166,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         (folder / "inventory.json").write_text(json.dumps(inventory))
         play = "- hosts: all\n  gather_facts: false\n  become: false\n  roles: [no_egress]\n"
         (folder / "play.yml").write_text(play)
-        deadline = time.monotonic() + 20
-        while not made.ssh() and time.monotonic() < deadline:
-            time.sleep(0.3)
+        made.wait_ssh()
         yield made
     finally:
         subprocess.run(["docker", "rm", "-f", name], capture_output=True)
@@ -187,18 +199,18 @@ def test_a_host_with_these_rules_reaches_nothing_else(node: Node) -> None:
 def test_rules_that_cut_ssh_are_taken_back_and_never_written(node: Node) -> None:
     before, file = node.rules(), node.run("cat", "/etc/moat/nftables/no-egress.nft").stdout
     assert "policy drop" in before
-    started = time.monotonic()
     code, output = node.play(no_egress_extra_output=["tcp sport 22 drop"], no_egress_rollback_seconds=ROLLBACK)
     assert code != 0
     assert "this host returned to its former rules by itself" in " ".join(output.split())
-    assert time.monotonic() - started < ROLLBACK + 60
     assert node.rules() == before
     assert node.run("cat", "/etc/moat/nftables/no-egress.nft").stdout == file
     assert node.ssh()
-    journal = node.run("journalctl", "--no-pager", "-u", "moat-no-egress-apply", "-u", "moat-no-egress-rollback").stdout
-    # They were really in force: loaded, and later replaced by the timer, not by the run.
-    assert b"pending.nft" in journal
-    assert b"previous.nft" in journal
+    # They were really in force: loaded a second after the timer was set, and replaced by the timer, not by the run.
+    loaded, returned = (
+        max(int(e["__REALTIME_TIMESTAMP"]) / 1e6 for e in node.journal() if file in str(e["MESSAGE"]))
+        for file in ("pending.nft", "previous.nft")
+    )
+    assert ROLLBACK - 2 < returned - loaded < ROLLBACK + 30
 
 
 def test_a_control_connection_to_another_port_than_the_rules_know_is_refused_before_anything_changes(
@@ -217,9 +229,7 @@ def test_the_rules_survive_a_restart_of_the_hosts_own_and_a_reboot(node: Node) -
         assert done.returncode == 0, done.stderr
         assert "policy drop" in node.rules(), action
     subprocess.run(["docker", "restart", "-t", "10", node.name], check=True, capture_output=True)
-    deadline = time.monotonic() + 30
-    while not node.ssh() and time.monotonic() < deadline:
-        time.sleep(0.3)
+    node.wait_ssh()
     assert "policy drop" in node.rules()
     order = node.run("systemctl", "show", "-p", "Before", "moat-no-egress.service").stdout
     assert b"network-pre.target" in order
@@ -228,9 +238,8 @@ def test_the_rules_survive_a_restart_of_the_hosts_own_and_a_reboot(node: Node) -
 def test_a_damaged_rule_file_leaves_the_host_closed(node: Node) -> None:
     damage = "cp /etc/moat/nftables/no-egress.nft /var/tmp/kept && echo nonsense >> /etc/moat/nftables/no-egress.nft"
     node.run("sh", "-c", f"{damage}; nft delete table inet moat_egress; systemctl restart moat-no-egress")
-    for _ in range(50):
-        if node.rules():
-            break
+    deadline = time.monotonic() + 120
+    while not node.rules() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert "rules could not be loaded" in node.rules()
     assert "policy drop" in node.rules()
