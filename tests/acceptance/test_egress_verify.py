@@ -224,7 +224,8 @@ def test_an_attempt_names_its_process_and_its_time(leaking: Run) -> None:
         datetime.fromisoformat(next(a["when"] for a in report["attempts"] if place in a["destination"]))
         for place in ("203.0.113.53:53", "203.0.113.14:443")
     )
-    assert DELAY <= (late - early).total_seconds() < DELAY + 5
+    # The packets are dated when they are read, which may be a little late.
+    assert DELAY - 1 <= (late - early).total_seconds() < DELAY + 5
 
 
 def test_an_endpoint_outside_the_allow_list_is_listed(stack: Stack, tmp_path: Path) -> None:
