@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 from moat.console import Console
 from moat.demo.places import BUNDLES, CLIENT_KEY, CURL_HEADER, DEMO_JSON, DEPLOY, IMAGES, PROJECT, ROOT
@@ -25,6 +26,7 @@ def down(console: Console) -> None:
         DemoFailed: the engine refused, or another deployment of the same project runs here.
     """
     steps = Steps(console)
+    remove_lost(steps)
     check_ours()
     with console.step("stop and remove containers, networks and volumes"):
         if (DEPLOY / "compose.yaml").exists() and (DEPLOY / ".env").exists():
@@ -47,14 +49,36 @@ def _lines(argv: list[str]) -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
+def _folders(*more: str) -> set[str]:
+    """Return the folders whose containers of the project are on this host; ``more`` are arguments of ``docker ps``."""
+    form = '{{.Label "com.docker.compose.project.working_dir"}}'
+    return set(_lines(["docker", "ps", *more, "--filter", _LABEL, "--format", form]))
+
+
+def remove_lost(steps: Steps) -> None:
+    """Remove what is left of a demo whose checkout is gone, so that nobody can take it down from there any more.
+
+    A demo is known by its folder's name, and is left alone while one of its containers runs.
+    """
+    place = f"/{DEPLOY.relative_to(ROOT)}"
+    folders, running = _folders("--all") - {str(DEPLOY)}, _folders()
+    lost = {f for f in folders - running if f.endswith(place) and not Path(f).exists()}
+    for folder in sorted(lost):
+        with steps.console.step(f"remove the stopped demo of a checkout that is gone: {folder}"):
+            of_it = f"label=com.docker.compose.project.working_dir={folder}"
+            ids = _lines(["docker", "ps", "--all", "--quiet", "--filter", _LABEL, "--filter", of_it])
+            steps.ask(["docker", "rm", "--volumes", *ids], what="remove its containers")
+    if lost and not _folders("--all"):
+        _remove_leftovers(steps)  # networks and volumes do not say whose folder they belong to
+
+
 def check_ours() -> None:
     """See that no other deployment of Moat is on this host: there is one Compose project ``moat`` a host.
 
     Raises:
         DemoFailed: its containers belong to another folder, which may be a real site's.
     """
-    form = '{{.Label "com.docker.compose.project.working_dir"}}'
-    folders = set(_lines(["docker", "ps", "--all", "--filter", _LABEL, "--format", form])) - {str(DEPLOY)}
+    folders = _folders("--all") - {str(DEPLOY)}
     if folders:
         raise DemoFailed(
             "another deployment of Moat is on this host",

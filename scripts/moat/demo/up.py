@@ -12,7 +12,7 @@ from pathlib import Path
 from moat.build.locks import active_locks
 from moat.console import Console
 from moat.demo import chat, places, plugin
-from moat.demo.down import check_ours
+from moat.demo.down import check_ours, remove_lost
 from moat.demo.places import (
     BUNDLE,
     BUNDLES,
@@ -49,8 +49,9 @@ def up(console: Console, *, https_port: int, http_port: int) -> None:
         raise DemoFailed(
             "the demo builds root file systems and installs, which needs root", hint="run `sudo make demo`"
         )
-    check_ours()
     steps = Steps(console)
+    remove_lost(steps)
+    check_ours()
     places.HOME.mkdir(mode=0o755, exist_ok=True)
     build(steps)
     pyz = _verify(steps)
