@@ -123,7 +123,7 @@ class SystemdSite:
         found = []
         for unit in units:
             # Between two attempts of systemd to start it, a unit has no process, and will have one in a moment.
-            for uid in sorted(users_of(unit) or configured_user(unit)):
+            for uid in sorted(users_of(show(unit, "ControlGroup").get("ControlGroup", "")) or configured_user(unit)):
                 found.append(Component(component_name(unit), unit, uid))
         return found
 
@@ -291,9 +291,14 @@ def _place(name: str) -> int:
     return next((i for i, word in enumerate(_ORDER) if name.startswith(word)), 1)
 
 
-def users_of(unit: str, proc: Path = Path("/proc")) -> set[int]:
-    """Return the users of a unit's processes."""
-    mark = re.compile(r"(?:^|/)" + re.escape(unit) + r"(?:/|$)", re.MULTILINE)
+def users_of(group: str, proc: Path = Path("/proc")) -> set[int]:
+    """Return the users of the processes in a unit's control group, as systemd names it; nothing for an empty name.
+
+    The unit's name alone would not do: a container on this host may have a unit of the same name.
+    """
+    if not group.strip("/"):
+        return set()
+    mark = re.compile(r"^\d+:[^:]*:" + re.escape(group) + r"(?:/|$)", re.MULTILINE)
     found = set()
     for entry in proc.iterdir():
         if entry.name.isdecimal():

@@ -17,7 +17,7 @@ import pytest
 
 from moat.console import Console
 from moat.errors import EgressUnproven
-from moat.site.egresscheck.systemd_site import SystemdSite
+from moat.site.egresscheck.systemd_site import SystemdSite, users_of
 
 SYSTEMCTL = r"""
 import fnmatch, json, pathlib, sys
@@ -97,6 +97,19 @@ def test_every_service_of_the_site_is_a_component_whether_it_runs_or_not(site: S
     systemd.change("nginx.service", ActiveState="failed", SubState="failed", MainPID="0", User="daemon")
     found = {c.unit: c.uid for c in site.components()}
     assert found == {"moat-gateway@1.service": 0, "minio.service": 33, "nginx.service": 1}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
+def test_the_processes_of_a_unit_are_those_of_its_control_group(tmp_path: Path) -> None:
+    minio = "/system.slice/minio.service"
+    groups = [minio, f"/docker/5f{minio}", f"{minio}/child", f"{minio}.d", "/"]
+    for pid, group in enumerate(groups, start=1):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cgroup").write_text(f"9:name=systemd:{group}\n0::{group}\n", "utf-8")
+        os.chown(tmp_path / str(pid), 100 + pid, -1)
+    assert users_of(minio, tmp_path) == {101, 103}
+    assert users_of(f"/docker/5f{minio}", tmp_path) == {102}
+    assert users_of("", tmp_path) == users_of("/", tmp_path) == set()
 
 
 def test_what_was_stopped_is_not_started_and_is_named(site: SystemdSite, systemd: Systemd) -> None:
