@@ -42,10 +42,11 @@ class Result:
     log: Path | None
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of Molecule: its tools first, all state below .moat/."""
+def environment(*, short: bool) -> dict[str, str]:
+    """Return the environment of Molecule: its tools first, all state below .moat/; ``short`` leaves out long tests."""
     return {
         **os.environ,
+        **({} if short else {"MOAT_LONG_TESTS": "1"}),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "MOAT_TEST_MEDIUM": os.environ.get("MOAT_TEST_MEDIUM") or str(BUNDLE),
         "MOAT_TEST_PUBLIC_KEY": os.environ.get("MOAT_TEST_PUBLIC_KEY") or str(KEYS / "moat.pub"),
@@ -153,9 +154,9 @@ def prepare(env: dict[str, str]) -> None:
         subprocess.run([sys.executable, str(program), *argv[1:]], check=True, stdout=subprocess.DEVNULL)
 
 
-def run(names: Sequence[str], *, keep: bool, jobs: int) -> list[Result]:
+def run(names: Sequence[str], *, keep: bool, jobs: int, short: bool) -> list[Result]:
     """Run the scenarios, ``jobs`` at a time, and return how they ended."""
-    env = environment()
+    env = environment(short=short)
     prepare(env)
     if {"default", "upgrade"} <= set(names):
         env["MOAT_TEST_SNAPSHOT"] = SNAPSHOT
@@ -184,12 +185,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="all without names")
     parser.add_argument("--keep", action="store_true", help="leave the hosts after the tests")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default 2; one scenario: 1)")
+    parser.add_argument("--short", action="store_true", help="without the tests that are marked long")
     args = parser.parse_args(argv)
     names = args.scenario or [n for n in SCENARIOS if (ROOT / "molecule" / n / "molecule.yml").is_file()]
     STATE.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
-        results = run(names, keep=args.keep, jobs=min(args.jobs, len(names)))
+        results = run(names, keep=args.keep, jobs=min(args.jobs, len(names)), short=args.short)
     except MoatError as e:
         Console().problem(e)
         return e.exit_code

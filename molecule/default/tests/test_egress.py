@@ -103,6 +103,7 @@ def test_what_tries_to_leave_from_a_unit_is_caught_and_named(node) -> None:
     assert (code, report["clean"], report["proven"], report["problems"]) == (24, False, True, [])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("stopped")
 def test_a_service_that_does_not_run_proves_nothing(node) -> None:
     code, report = verify(node, "--quiet", "0", "--out", f"{ASIDE}/stopped")

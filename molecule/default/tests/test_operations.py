@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 VARS = "/etc/moat/site/vars.yml"
 DRAINED = "/etc/moat/site/drained.json"
 TWO, THREE = [f"moat-gateway@{n}.service" for n in (2, 3)]
@@ -20,6 +22,7 @@ def members(node) -> list[str]:
     return sorted({s[1].rstrip(";").rpartition(":")[2] for s in servers if "down" not in " ".join(s).split("#")[0]})
 
 
+@pytest.mark.long
 def test_a_gateway_comes_and_goes_and_the_operators_file_stays_as_it_is_but_for_the_number(node) -> None:
     before = node.ok("cat", VARS)
     assert "gateway_count" not in before

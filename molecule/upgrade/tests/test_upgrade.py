@@ -108,7 +108,7 @@ def test_the_store_stays_at_the_newer_release(node) -> None:
     assert node.pid("minio.service") == pid
 
 
-@pytest.mark.skipif("MOAT_LONG_TESTS" not in os.environ, reason="takes minutes: MOAT_LONG_TESTS=1")
+@pytest.mark.long
 def test_an_upgrade_is_killed_in_the_middle(node) -> None:
     """At the worst moment: one gateway is moved to a release that does not start. The next test goes on from here."""
     before = _runs(node)

@@ -117,7 +117,7 @@ def test_a_leak_some_time_after_the_start_is_caught_in_the_quiet_time() -> None:
     assert min(a["when"] for a in late["attempts"]) > quiet_is_over
 
 
-@pytest.mark.skipif("MOAT_LONG_TESTS" not in os.environ, reason="takes two minutes; set MOAT_LONG_TESTS=1")
+@pytest.mark.long
 def test_a_leak_two_minutes_after_the_start_is_caught() -> None:
     late = capture("--leak", "metrics", "--delay", "120", "--quiet", "125")
     assert ("gateway-1", "python3", "tcp 203.0.113.20:4318") in seen(late, "packets")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.server
 import json
+import os
 import signal
 import threading
 import time
@@ -46,6 +47,14 @@ def place_of_commands(place: Place) -> Place:
     if place.backend.kind == "seaweedfs":
         pytest.skip("the commands use a store as the drivers do, which prove the contract; one S3 store is enough here")
     return place
+
+
+@pytest.fixture
+def place_of_sessions(place_of_commands: Place) -> Place:
+    """For the tests of a dozen commands, each of which loads LiteLLM: one kind of store a run."""
+    if place_of_commands.backend.kind == "directory" and "MOAT_LONG_TESTS" not in os.environ:
+        pytest.skip("takes long: MOAT_LONG_TESTS=1")
+    return place_of_commands
 
 
 @pytest.fixture
@@ -495,8 +504,8 @@ def test_a_revision_that_was_signed_elsewhere_keeps_its_number(
 # --- the commands ---
 
 
-def test_the_commands_from_init_to_rollback(place_of_commands: Place) -> None:
-    place = place_of_commands
+def test_the_commands_from_init_to_rollback(place_of_sessions: Place) -> None:
+    place = place_of_sessions
     folder = str(place.folder / "content")
 
     def run(*words: str, code: int = 0) -> Any:
@@ -537,8 +546,8 @@ def test_the_commands_from_init_to_rollback(place_of_commands: Place) -> None:
     assert "cannot be read" in silent["problems"][0]["message"]
 
 
-def test_a_drive_brings_what_was_signed_elsewhere(place_of_commands: Place, tmp_path: Path, python: Path) -> None:
-    place = place_of_commands
+def test_a_drive_brings_what_was_signed_elsewhere(place_of_sessions: Place, tmp_path: Path, python: Path) -> None:
+    place = place_of_sessions
     home = Place(Backend("directory", tmp_path), tmp_path / "home", python)
     drive, content = home.folder / "source", str(home.folder / "content")
     for words in (("init", content), ("push", content, "--author", "alice", "-m", "signed at home")):

@@ -181,7 +181,7 @@ def test_nothing_but_revisions_and_the_pointer_is_copied(sites: Sites) -> None:
         assert sites.copy.ask(root, "get_object", Bucket="moat-config", Key=key)["ok"] is there, key
 
 
-@pytest.mark.parametrize("how", ["cut", "refuse"])
+@pytest.mark.parametrize("how", ["cut", pytest.param("refuse", marks=pytest.mark.long)])
 def test_a_broken_link_heals_by_itself_while_a_node_follows_the_main_store(sites: Sites, how: str) -> None:
     before = sites.follower.ask("content")
     getattr(sites.link, how)()

@@ -75,11 +75,10 @@ def files(name: str) -> dict[str, bytes]:
 
 #: What decides: a file counts from a rename on, and not before. The calls between these take some minutes more (each
 #: victim loads LiteLLM first). The first seconds of a process are swept whole, below.
-LONG = pytest.mark.skipif("MOAT_LONG_TESTS" not in os.environ, reason="takes minutes; set MOAT_LONG_TESTS=1")
 DECIDE = ("rename",)
 
 
-@pytest.mark.parametrize("call", [c if c in DECIDE else pytest.param(c, marks=LONG) for c in CALLS])
+@pytest.mark.parametrize("call", [c if c in DECIDE else pytest.param(c, marks=pytest.mark.long) for c in CALLS])
 def test_a_kill_at_any_step_of_taking_a_revision(tmp_path: Path, python: Path, call: str) -> None:
     # With two kept, each revision that is taken removes one, too.
     node = Node(tmp_path / "node", python, Drive(tmp_path / "drive"), {"MOAT_SYNC_KEEP": "2"})
