@@ -19,8 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q"]
+#: Set, the tests that are marked `long` run, too, and one more scenario (docs/developers.md).
+LONG = "MOAT_LONG_TESTS" in os.environ
 #: The scenarios that every run has time for; `make molecule` runs all of them (docs/molecule.md).
-SCENARIOS = ("default", "hostile", "upgrade")
+MOLECULE = ("default", "hostile", "upgrade") if LONG else ("--short", "default", "hostile")
 #: Most of these tests wait for programs that start: two at once, the tests of one file never side by side. In the order
 #: of the files: sorted by their number of tests, the long builds would come last and alone.
 SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
@@ -101,7 +103,7 @@ def acceptance() -> bool:
 
 def molecule() -> bool:
     """The USB install on test hosts without a network; each scenario is timed in a table of its own."""
-    return _run([PYTHON, "molecule/run.py", *([] if "MOAT_LONG_TESTS" in os.environ else ["--short"]), *SCENARIOS])
+    return _run([PYTHON, "molecule/run.py", *MOLECULE])
 
 
 @dataclass(frozen=True)
