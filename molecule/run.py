@@ -161,6 +161,7 @@ def run(names: Sequence[str], *, keep: bool, jobs: int, short: bool) -> list[Res
     if {"default", "upgrade"} <= set(names):
         env["MOAT_TEST_SNAPSHOT"] = SNAPSHOT
     begun: dict[str, Future[Result]] = {}
+    _forget_snapshot()  # of a run that was killed: `upgrade` must not go on from another day's host
     try:
         with ThreadPoolExecutor(max_workers=jobs) as pool:
             for name in names:
@@ -176,7 +177,11 @@ def run(names: Sequence[str], *, keep: bool, jobs: int, short: bool) -> list[Res
                     begun[name].result()
             return [f.result() for f in begun.values()]
     finally:
-        subprocess.run(["docker", "rmi", "--force", SNAPSHOT], capture_output=True, check=False)
+        _forget_snapshot()
+
+
+def _forget_snapshot() -> None:
+    subprocess.run(["docker", "rmi", "--force", SNAPSHOT], capture_output=True, check=False)
 
 
 def main(argv: list[str]) -> int:
