@@ -171,6 +171,7 @@ def test_a_new_model_is_served_by_both_gateways_while_requests_run(stack: Stack,
     assert names == {stack.model, "pushed-0", "pushed-1", "pushed-2"}
 
 
+@pytest.mark.long
 def test_the_same_content_makes_no_new_revision_and_a_rollback_makes_one(stack: Stack, folder: Path) -> None:
     first = push(stack, stack.config_dir)["revision"]
     again = stack.ask_gateway("config", "push", str(stack.config_dir))

@@ -124,6 +124,7 @@ def test_what_only_litellm_refuses_changes_neither_the_store_nor_a_nodes_own_cop
     assert pids(node) == before
 
 
+@pytest.mark.long
 def test_the_same_folder_again_makes_no_revision(node, before: list[int]) -> None:
     was = node.revision()
     assert "nothing was changed" in node.ok("moat-site", "config", "push", "--wait=120")
