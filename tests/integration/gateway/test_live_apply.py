@@ -477,6 +477,7 @@ def test_a_changed_secret_of_a_section_is_named_until_a_restart(
         assert made.gateway.stop() == 0
 
 
+@pytest.mark.long
 def test_memory_and_callbacks_do_not_grow_with_changes(live: Live) -> None:
     def resident() -> int:
         lines = Path(f"/proc/{live.gateway.process.pid}/status").read_text().splitlines()

@@ -14,6 +14,9 @@ import pytest
 from tests.integration.hotreload.programs import Relay, until
 from tests.integration.hotreload.site import Site
 
+#: Two whole sites; in each run gateway/test_store_replicas.py shows the copying and a link that is cut.
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def sites() -> Iterator[tuple[Site, Site, Relay]]:
