@@ -550,6 +550,7 @@ def test_the_turn_drains_and_ends_with_75_and_the_next_start_has_the_revision(al
         assert made.gateway.stop() == 0
 
 
+@pytest.mark.long
 def test_kill_9_in_the_middle_of_changes_comes_back_with_the_current_revision(alone: Live, upstream: Upstream) -> None:
     made = alone
     many = [f"many{i}" for i in range(100)]

@@ -608,8 +608,8 @@ def test_a_store_s_new_authority_is_taken_up_without_a_restart(tmp_path: Path, p
         backend.stop()
 
 
-def test_a_push_that_waits_for_nobody_says_so(place_of_commands: Place) -> None:
-    place = place_of_commands
+def test_a_push_that_waits_for_nobody_says_so(place_of_sessions: Place) -> None:
+    place = place_of_sessions
     folder = str(place.folder / "content")
     assert place.command("config", "init", folder).returncode == 0
     record = place.folder / "published.json"

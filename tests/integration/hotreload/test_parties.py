@@ -17,6 +17,9 @@ from tests.integration.hotreload.node import Gateway
 from tests.integration.hotreload.programs import HERE, until
 from tests.integration.hotreload.site import Admin, Pushed, Site
 
+#: In each run gateway/test_revision_stores.py shows both at the stores, with no gateways.
+pytestmark = pytest.mark.long
+
 YEAR = 365 * 86400.0  # seconds
 
 

@@ -168,6 +168,7 @@ def test_a_crash_of_native_code_leaves_where_it_was_and_no_values(node: Node) ->
         until("the end of the dry run's process", lambda: not any(Path(f"/proc/{p}/exe").exists() for p in pids))
 
 
+@pytest.mark.long
 def test_a_dead_dry_run_is_started_again(node: Node) -> None:
     node.drive.push()
     with node.start() as sidecar:
