@@ -18,9 +18,9 @@ COMMAND = "exec sh /medium/install.sh --yes --key /test/release.pub >/run/instal
 #: Text of the log that shows the step has begun, how many seconds later the kill comes, and whether the host is
 #: restarted after it: within Debian's package manager, and between the packages and the entrance.
 POINTS = [
-    ("stage the release", 0.4, False),
+    pytest.param("stage the release", 0.4, False, marks=pytest.mark.long),
     ("Install the packages that are missing", 4.0, True),
-    ("Make the environment of the release", 5.0, True),
+    pytest.param("Make the environment of the release", 5.0, True, marks=pytest.mark.long),
     ("Bring the gateways to the release", 2.0, False),
 ]
 #: Debian's services, and what they would listen on with their packages' own configuration.
