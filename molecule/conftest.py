@@ -150,14 +150,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes minutes; `make molecule` runs it, `make test` does not")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that are marked ``long`` in the runs of ``make test`` (docs/developers.md)."""
-    if "MOAT_LONG_TESTS" not in os.environ:
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes long: make molecule"))
-
-
 @pytest.fixture(scope="session")
 def nodes() -> list[Node]:
     """Every host of the scenario, in the order of molecule.yml."""

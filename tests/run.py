@@ -21,9 +21,9 @@ from moat.demo.places import BUNDLE, KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
-PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q"]
 #: Set, the tests that are marked `long` run, too, and one more scenario (docs/developers.md).
 LONG = "MOAT_LONG_TESTS" in os.environ
+PYTEST = [PYTHON, "-m", "pytest", "--durations=5", "-q", *([] if LONG else ["-m", "not long"])]
 #: The scenarios that every run has time for; `make molecule` runs all of them (docs/molecule.md).
 MOLECULE = ("default", "hostile", "upgrade") if LONG else ("--short", "default", "hostile")
 #: Most of these tests wait for programs that start: two at once, the tests of one file never side by side. In the order
@@ -174,7 +174,7 @@ def main(names: list[str]) -> int:
             continue
         print(f"\n=== {name} ===", flush=True)
         started = time.monotonic()
-        if name == "acceptance" and "molecule" in wanted:
+        if name == "acceptance" and "molecule" in wanted[wanted.index(name) :]:
             beside = Beside()
         if name == "molecule" and beside is not None:
             started = beside.started

@@ -55,21 +55,28 @@ def _folders(*more: str) -> set[str]:
     return set(_lines(["docker", "ps", *more, "--filter", _LABEL, "--format", form]))
 
 
+def _is_lost(folder: str) -> bool:
+    """Whether this is the place of a demo, in a checkout that is gone."""
+    return folder.endswith(f"/{DEPLOY.relative_to(ROOT)}") and not Path(folder).exists()
+
+
 def remove_lost(steps: Steps) -> None:
     """Remove what is left of a demo whose checkout is gone, so that nobody can take it down from there any more.
 
     A demo is known by its folder's name, and is left alone while one of its containers runs.
     """
-    place = f"/{DEPLOY.relative_to(ROOT)}"
     folders, running = _folders("--all") - {str(DEPLOY)}, _folders()
-    lost = {f for f in folders - running if f.endswith(place) and not Path(f).exists()}
+    lost = {f for f in folders - running if _is_lost(f)}
     for folder in sorted(lost):
         with steps.console.step(f"remove the stopped demo of a checkout that is gone: {folder}"):
             of_it = f"label=com.docker.compose.project.working_dir={folder}"
             ids = _lines(["docker", "ps", "--all", "--quiet", "--filter", _LABEL, "--filter", of_it])
-            steps.ask(["docker", "rm", "--volumes", *ids], what="remove its containers")
-    if lost and not _folders("--all"):
-        _remove_leftovers(steps)  # networks and volumes do not say whose folder they belong to
+            # By what they mount, not by the project's label: a site that is stopped keeps its data under the same one.
+            form = '{{range .Mounts}}{{if eq .Type "volume"}}{{.Name}} {{end}}{{end}}'
+            volumes = sorted(set(_lines(["docker", "inspect", "--format", form, *ids])))
+            steps.ask(["docker", "rm", *ids], what="remove its containers")
+            if volumes:
+                steps.ask(["docker", "volume", "rm", *volumes], what="remove its volumes")
 
 
 def check_ours() -> None:
@@ -80,11 +87,15 @@ def check_ours() -> None:
     """
     folders = _folders("--all") - {str(DEPLOY)}
     if folders:
+        hint = "the demo leaves it alone; take it down first if you mean to (docs/compose.md, Removal)"
+        lost = next(filter(_is_lost, sorted(folders)), None)
+        if lost:
+            hint += f"; {lost} is a demo whose checkout is gone: `docker stop` its containers, and run this again"
         raise DemoFailed(
             "another deployment of Moat is on this host",
             found=", ".join(sorted(folders)),
             expected=f"none, or {DEPLOY}",
-            hint="the demo leaves it alone; take it down first if you mean to (docs/compose.md, Removal)",
+            hint=hint,
         )
 
 

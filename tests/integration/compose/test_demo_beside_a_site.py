@@ -28,13 +28,13 @@ def other_deployment() -> Iterator[str]:
     docker("rm", made)
 
 
-def of_folder(folder: str) -> str:
+def of_folder(folder: str, *more: str) -> str:
     images = docker("image", "ls", "--quiet", "moat/valkey").split()
     if not images:
         pytest.skip("the engine has no image moat/valkey: run `make demo` first")
     labels = {"project": "moat", "project.working_dir": folder, "oneoff": "True", "service": "valkey"}
     argv = [w for k, v in labels.items() for w in ("--label", f"com.docker.compose.{k}={v}")]
-    return docker("create", "--network", "none", *argv, images[0])
+    return docker("create", "--network", "none", *more, *argv, images[0])
 
 
 def test_the_demo_leaves_another_deployment_alone(other_deployment: str) -> None:
@@ -53,11 +53,17 @@ def test_a_demo_that_nobody_can_take_down_any_more_is_removed(other_deployment: 
     """A checkout that was deleted, or a test run that was killed, must not stand in the way for ever."""
     (tmp_path / "there" / ".moat" / "deploy").mkdir(parents=True)
     ours = docker("ps", "--quiet", "--no-trunc", "--filter", "label=com.docker.compose.project=moat").split()
-    lost, there = of_folder(f"{tmp_path}/gone/.moat/deploy"), of_folder(f"{tmp_path}/there/.moat/deploy")
+    its, kept = (docker("volume", "create", "--label", "com.docker.compose.project=moat") for _ in range(2))
+    lost = of_folder(f"{tmp_path}/gone/.moat/deploy", "--volume", f"{its}:/data")
+    there = of_folder(f"{tmp_path}/there/.moat/deploy")
     try:
         remove_lost(Steps(Console(quiet=True)))
         left = docker("ps", "--all", "--quiet", "--no-trunc").split()
         assert lost not in left
         assert {there, other_deployment, *ours} <= set(left)
+        volumes = docker("volume", "ls", "--quiet").split()
+        assert its not in volumes
+        assert kept in volumes  # a site's, stopped, without a container
     finally:
         docker("rm", "--force", lost, there)
+        docker("volume", "rm", "--force", its, kept)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import http.server
 import json
-import os
 import signal
 import threading
 import time
@@ -25,6 +24,10 @@ from moat_gateway import revision, sitekey, tls
 
 S3 = ("minio", "seaweedfs")
 ROUNDS = 25
+#: For the tests of a dozen commands, each of which loads LiteLLM: one kind of store a run.
+COMMANDS = pytest.mark.parametrize(
+    "backend", ["minio", pytest.param("directory", marks=pytest.mark.long)], indirect=True, scope="module"
+)
 
 
 @pytest.fixture(scope="module", params=[*S3, "directory"])
@@ -47,14 +50,6 @@ def place_of_commands(place: Place) -> Place:
     if place.backend.kind == "seaweedfs":
         pytest.skip("the commands use a store as the drivers do, which prove the contract; one S3 store is enough here")
     return place
-
-
-@pytest.fixture
-def place_of_sessions(place_of_commands: Place) -> Place:
-    """For the tests of a dozen commands, each of which loads LiteLLM: one kind of store a run."""
-    if place_of_commands.backend.kind == "directory" and "MOAT_LONG_TESTS" not in os.environ:
-        pytest.skip("takes long: MOAT_LONG_TESTS=1")
-    return place_of_commands
 
 
 @pytest.fixture
@@ -504,8 +499,8 @@ def test_a_revision_that_was_signed_elsewhere_keeps_its_number(
 # --- the commands ---
 
 
-def test_the_commands_from_init_to_rollback(place_of_sessions: Place) -> None:
-    place = place_of_sessions
+@COMMANDS
+def test_the_commands_from_init_to_rollback(place: Place) -> None:
     folder = str(place.folder / "content")
 
     def run(*words: str, code: int = 0) -> Any:
@@ -546,8 +541,8 @@ def test_the_commands_from_init_to_rollback(place_of_sessions: Place) -> None:
     assert "cannot be read" in silent["problems"][0]["message"]
 
 
-def test_a_drive_brings_what_was_signed_elsewhere(place_of_sessions: Place, tmp_path: Path, python: Path) -> None:
-    place = place_of_sessions
+@COMMANDS
+def test_a_drive_brings_what_was_signed_elsewhere(place: Place, tmp_path: Path, python: Path) -> None:
     home = Place(Backend("directory", tmp_path), tmp_path / "home", python)
     drive, content = home.folder / "source", str(home.folder / "content")
     for words in (("init", content), ("push", content, "--author", "alice", "-m", "signed at home")):
@@ -608,8 +603,8 @@ def test_a_store_s_new_authority_is_taken_up_without_a_restart(tmp_path: Path, p
         backend.stop()
 
 
-def test_a_push_that_waits_for_nobody_says_so(place_of_sessions: Place) -> None:
-    place = place_of_sessions
+@COMMANDS
+def test_a_push_that_waits_for_nobody_says_so(place: Place) -> None:
     folder = str(place.folder / "content")
     assert place.command("config", "init", folder).returncode == 0
     record = place.folder / "published.json"
